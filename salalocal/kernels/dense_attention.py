@@ -1,0 +1,79 @@
+"""Causal softmax attention over a KV cache, for rows below the sparse switch.
+
+In come queries and all keys and values up to the last of them, out come the attended values; for the sparse mixer.
+
+    A_h(p) = softmax over t <= p of ( scale * q_h . K_t ), times V_t
+Shapes: q [B, T, Hq, D]; k, v [B, N, Hkv, D], any strides; query i sits at position first_position + i; head h reads KV
+head h // (Hq / Hkv).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_TILE_SCORES = 1 << 21  # scores held at once; 8 MiB in fp32, small enough to stay in the cache of a desktop CPU
+MAX_TILE_ROWS = 64
+
+
+def dense_attention_definition(q: Tensor, k: Tensor, v: Tensor, scale: float, first_position: int) -> Tensor:
+    """Attend with the whole score matrix at once, in float64."""
+    group = _heads_per_group(q, k, first_position)
+    wide_k, wide_v = (x.double().repeat_interleave(group, dim=2) for x in (k, v))
+    scores = torch.einsum("bthd,bnhd->bhtn", q.double(), wide_k) * scale
+    positions = first_position + torch.arange(q.shape[1], device=q.device)
+    is_future = torch.arange(k.shape[1], device=q.device) > positions[:, None]  # [T, N]
+    weights = scores.masked_fill(is_future, -math.inf).softmax(-1)
+    return torch.einsum("bhtn,bnhd->bthd", weights, wide_v).to(q.dtype)
+
+
+def dense_attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, first_position: int) -> Tensor:
+    """Attend in tiles of query rows, so that memory stays bounded for any number of keys.
+
+    A whole sequence at once (training, first chunk) goes to torch's fused attention; its is_causal has no offset, so
+    later chunks take the tiles, which are as fast on a CPU and hold scores and weights in fp32 for any input dtype.
+
+    Shapes: see the module. Result [B, T, Hq, D] in q.dtype.
+    Raises: ValueError when the keys end before the last query or the heads do not divide.
+    """
+    group = _heads_per_group(q, k, first_position)
+    batch, num_rows, num_heads, _ = q.shape
+    queries, keys, values = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, T or N, D]
+    if first_position == 0 and num_rows > 1:
+        keys, values = keys[:, :, :num_rows], values[:, :, :num_rows]
+        fused = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=group > 1)
+        return fused.transpose(1, 2)
+
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scaled = torch.unflatten(queries.to(wide) * scale, 1, (-1, group))  # [B, Hkv, G, T, D]
+    tile = min(MAX_TILE_ROWS, max(1, MAX_TILE_SCORES // (batch * num_heads * (first_position + num_rows))))
+    is_future = torch.ones(tile, tile, dtype=torch.bool, device=q.device).triu(1)
+    tiles = []
+    for start in range(0, num_rows, tile):
+        end = min(start + tile, num_rows)
+        num_keys = first_position + end
+        rows = scaled[:, :, :, start:end].flatten(2, 3)  # [B, Hkv, G * rows, D]
+        scores = rows @ keys[:, :, :num_keys].to(wide).transpose(2, 3)
+        newest = torch.unflatten(scores, 2, (group, -1))[..., first_position + start :]
+        newest.masked_fill_(is_future[: end - start, : end - start], -math.inf)
+        attended = scores.softmax(-1) @ values[:, :, :num_keys].to(wide)
+        tiles.append(torch.unflatten(attended, 2, (group, -1)))
+    out = torch.cat(tiles, 3).flatten(1, 2)  # [B, Hq, T, D]
+    return out.transpose(1, 2).to(q.dtype)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, first_position: int) -> Tensor:
+    """What the model calls; see `dense_attention_reference`."""
+    return dense_attention_reference(q, k, v, scale, first_position)
+
+
+def _heads_per_group(q: Tensor, k: Tensor, first_position: int) -> int:
+    """Check the shapes and return how many query heads share a KV head."""
+    if first_position < 0 or k.shape[1] < first_position + q.shape[1]:
+        raise ValueError(
+            f"queries {first_position}..{first_position + q.shape[1] - 1} need as many keys, got {k.shape[1]}"
+        )
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads do not divide among {k.shape[2]} KV heads")
+    return q.shape[2] // k.shape[2]

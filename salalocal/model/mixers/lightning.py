@@ -1,0 +1,107 @@
+"""The lightning layer: linear attention with a fixed decay per head, and the state it leaves behind; for `sala`.
+
+In: layer-normed hidden states and a `LightningState`. Out: the branch to add to the residual stream. Source:
+specification, section 6: norm, RoPE, recurrence, norm over all heads, gate, projection, in this order.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from salalocal.kernels.gate import sigmoid_gate
+from salalocal.kernels.lightning import lightning, lightning_slopes
+from salalocal.kernels.rotary import rotary
+from salalocal.model.config import SalaConfig
+from salalocal.model.layers import Device, LinearFactory, RMSNorm
+from salalocal.model.state import StateSpec, check_names, check_saved
+
+
+class LightningState:
+    """The past of one lightning layer: one fp32 matrix per head (float64 in a float64 model)."""
+
+    def __init__(self, matrix: Tensor, num_tokens: int) -> None:
+        self._matrix = matrix
+        self._num_tokens = num_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens have been folded in."""
+        return self._num_tokens
+
+    @property
+    def matrix(self) -> Tensor:
+        """The recurrent state. Shapes: [B, H, K, V]."""
+        return self._matrix
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrix; a fork shares it until either takes in a token."""
+        return self._matrix.nbytes
+
+    def advance(self, matrix: Tensor, num_tokens: int) -> None:
+        """Put the matrix after `num_tokens` more tokens in the place of the old one, which is not written to."""
+        self._matrix = matrix
+        self._num_tokens += num_tokens
+
+    def fork(self) -> "LightningState":
+        """A second state that goes its own way, at no cost."""
+        return LightningState(self._matrix, self._num_tokens)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The matrix, named s."""
+        return {"s": self._matrix}
+
+    def from_tensors(self, tensors: Mapping[str, Tensor], num_tokens: int) -> "LightningState":
+        """A new state like this one that holds a copy of a saved matrix. Raises: StateError when it does not fit."""
+        check_names(tensors, ("s",))
+        check_saved("s", tensors["s"], tuple(self._matrix.shape), self._matrix.dtype)
+        return LightningState(tensors["s"].to(self._matrix.device, copy=True), num_tokens)
+
+
+class LightningMixer(nn.Module):
+    """One lightning layer; parameter names are those of the checkpoint."""
+
+    def __init__(
+        self, config: SalaConfig, name: str, linear: LinearFactory, device: Device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        shape = config.lightning
+        width, kv_width = shape.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+        self.q_proj = linear(f"{name}.q_proj", config.hidden_size, width)
+        self.k_proj = linear(f"{name}.k_proj", config.hidden_size, kv_width)
+        self.v_proj = linear(f"{name}.v_proj", config.hidden_size, kv_width)
+        self.z_proj = linear(f"{name}.z_proj", config.hidden_size, width)
+        self.o_proj = linear(f"{name}.o_proj", width, config.hidden_size)
+        self.q_norm = RMSNorm(shape.head_dim, config.rms_norm_eps, device, dtype)
+        self.k_norm = RMSNorm(shape.head_dim, config.rms_norm_eps, device, dtype)
+        self.o_norm = RMSNorm(width, config.rms_norm_eps, device, dtype)
+        self._shape = shape
+        self._rope_theta = config.rope_theta
+        self._scale = shape.head_dim**-0.5
+
+    def new_state(self, spec: StateSpec) -> LightningState:
+        """An empty state: zeros."""
+        shape = self._shape
+        dtype = torch.promote_types(spec.dtype, torch.float32)
+        sizes = (spec.batch_size, shape.num_heads, shape.head_dim, shape.head_dim)
+        return LightningState(torch.zeros(sizes, device=spec.device, dtype=dtype), 0)
+
+    def forward(self, x: Tensor, state: LightningState) -> Tensor:
+        """Take the next tokens. Shapes: x [B, T, hidden] -> [B, T, hidden]."""
+        shape = self._shape
+        num_tokens = x.shape[1]
+        positions = torch.arange(state.num_tokens, state.num_tokens + num_tokens, device=x.device)
+        q = self.q_proj(x).unflatten(-1, (shape.num_heads, shape.head_dim))
+        k = self.k_proj(x).unflatten(-1, (shape.num_key_value_heads, shape.head_dim))
+        v = self.v_proj(x).unflatten(-1, (shape.num_key_value_heads, shape.head_dim))
+        q = rotary(self.q_norm(q), positions, self._rope_theta)
+        k = rotary(self.k_norm(k), positions, self._rope_theta)
+        if shape.num_key_value_heads != shape.num_heads:
+            repeats = shape.num_heads // shape.num_key_value_heads
+            k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
+        slopes = lightning_slopes(shape.num_heads, state.matrix.dtype).to(x.device)
+        o, matrix = lightning(q, k, v, slopes, self._scale, state.matrix)
+        state.advance(matrix, num_tokens)
+        y: Tensor = self.o_proj(sigmoid_gate(self.o_norm(o.flatten(2).to(x.dtype)), self.z_proj(x)))
+        return y
