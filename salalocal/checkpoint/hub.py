@@ -1,0 +1,79 @@
+"""Where a model is: a name or a path comes in, a local folder goes out; for `load`, `plan` and every command with a
+model.
+
+Nothing is downloaded here. The only paths built are the package's own `builtin`, the folder that the user typed, and
+what huggingface_hub finds in its cache for an id that has passed a strict pattern.
+"""
+
+import re
+from pathlib import Path
+
+from salalocal.checkpoint.checkpoint import CONFIG_FILE
+from salalocal.checkpoint.strict_json import one_line
+from salalocal.errors import HubError
+
+BUILTIN = "builtin"
+
+_PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
+_HUB_ID = re.compile(rf"{_PART}/{_PART}")
+
+
+def resolve_model(name_or_path: str | Path, offline: bool = False) -> Path:
+    """The local folder of a model: `builtin`, a folder, or a hub id that is in the local Hugging Face cache.
+
+    A folder wins over a hub id of the same spelling. `offline` says that a download is not wanted, for the hint.
+
+    Raises: HubError if there is no such folder, id or cached copy.
+    """
+    if name_or_path == BUILTIN:
+        return _builtin_folder()
+    folder = _as_folder(name_or_path)
+    if folder is not None:
+        return folder
+    name = str(name_or_path)
+    if isinstance(name_or_path, Path) or not is_hub_id(name):
+        raise HubError(
+            f"model '{one_line(name)}': no such folder, and not a hub id",
+            "name a model folder, a hub id such as openbmb/MiniCPM-SALA, or builtin",
+        )
+    return _cached_folder(name, offline)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a text is a hub id ORG/NAME: two plain names, no `..` or `--` in them, no path of any kind."""
+    return _HUB_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
+
+
+def _as_folder(name_or_path: str | Path) -> Path | None:
+    try:
+        folder = Path(name_or_path).expanduser()
+        return folder if str(name_or_path) and folder.is_dir() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL inside, ~ of an unknown user
+        return None
+
+
+def _builtin_folder() -> Path:
+    folder = Path(__file__).resolve().parents[1] / BUILTIN
+    if not (folder / CONFIG_FILE).is_file():
+        raise HubError(
+            "model 'builtin': this installation has no embedded model", "reinstall salalocal, or name a model"
+        )
+    return folder
+
+
+def _cached_folder(hub_id: str, offline: bool) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(hub_id, local_files_only=True))
+    except LocalEntryNotFoundError:
+        folder = None
+    if folder is not None and (folder / CONFIG_FILE).is_file():
+        return folder
+    command = f"hf download {hub_id}"
+    is_offline = offline or constants.HF_HUB_OFFLINE
+    raise HubError(
+        f"model {hub_id!r}: not in the local Hugging Face cache",
+        f"when online, fetch it once with: {command}" if is_offline else f"fetch it with: {command}",
+    )

@@ -1,0 +1,208 @@
+"""Memory before it is needed: a SalaConfig and a number of tokens come in, bytes by part go out; for `plan` and
+refusals.
+
+No torch and no device here. Source of the figures: specification of MiniCPM-SALA, sections 14 and 15.
+"""
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+from salalocal.checkpoint.names import expected_tensors
+from salalocal.errors import MemoryBudgetError, RequestError
+from salalocal.model.config import LIGHTNING, SPARSE, SalaConfig
+
+# A CUDA context with the libraries that torch loads into it; about this much on cards from sm_80 to sm_120.
+CUDA_DRIVER_BYTES = 512 * 2**20
+MAX_CONTEXT_TOKENS = 2**31
+
+# What the attention kernels hold at once, whatever the context: unmerged outputs of picked blocks, and tiles of scores.
+_MAX_PARTIAL_VALUES = 2**23
+_TILE_BYTES = 32 * 2**20
+
+_INT4_GROUP = 128
+_INT4_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class WeightFormat(Enum):
+    """How weights are stored; `INT4` is GPTQ v1 with groups of 128 in the attention and MLP projections, bf16
+    elsewhere."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+    INT4 = "int4"
+
+
+class CacheFormat(Enum):
+    """How keys and values are stored; `INT8` adds one bf16 scale per token and head. Pooled keys are never below 16
+    bit."""
+
+    BF16 = "bf16"
+    FP32 = "fp32"
+    INT8 = "int8"
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What besides the model and the context decides about memory. Units: chunk_size in tokens."""
+
+    weights: WeightFormat = WeightFormat.BF16
+    cache: CacheFormat = CacheFormat.BF16
+    chunk_size: int = 512
+    is_cuda: bool = True
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by part for one sequence of `num_tokens` tokens, prompt and answer together.
+
+    `activation_bytes` is an estimate of the largest set of temporary tensors of a chunk; every other part is exact for
+    a state made with room for just these tokens.
+    """
+
+    num_tokens: int
+    weight_bytes: int
+    kv_bytes: int
+    k1_bytes: int
+    k2_bytes: int
+    lightning_bytes: int
+    activation_bytes: int
+    logits_bytes: int
+    driver_bytes: int
+
+    @property
+    def pooled_key_bytes(self) -> int:
+        """Both kinds of pooled keys."""
+        return self.k1_bytes + self.k2_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        """What grows with the context: keys, values and pooled keys."""
+        return self.kv_bytes + self.pooled_key_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Everything that a session keeps: the cache and the lightning states."""
+        return self.cache_bytes + self.lightning_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum of all parts."""
+        return self.weight_bytes + self.state_bytes + self.activation_bytes + self.logits_bytes + self.driver_bytes
+
+
+def plan_memory(config: SalaConfig, num_tokens: int, options: PlanOptions | None = None) -> MemoryPlan:
+    """The memory that a model needs for a context of `num_tokens` tokens.
+
+    Raises: RequestError for a number of tokens that makes no sense.
+    """
+    if type(num_tokens) is not int or not 0 <= num_tokens <= MAX_CONTEXT_TOKENS:
+        raise RequestError(f"context should be a whole number of tokens up to {MAX_CONTEXT_TOKENS}, is {num_tokens!r}")
+    options = options or PlanOptions()
+    sparse = config.sparse
+    num_sparse = config.mixer_types.count(SPARSE)
+    pooled_row = num_sparse * sparse.num_key_value_heads * sparse.head_dim * _pooled_width(options.cache)
+    return MemoryPlan(
+        num_tokens=num_tokens,
+        weight_bytes=weight_bytes(config, options.weights),
+        kv_bytes=num_tokens
+        * 2
+        * num_sparse
+        * sparse.num_key_value_heads
+        * _kv_row_bytes(sparse.head_dim, options.cache),
+        k1_bytes=-(-num_tokens // sparse.kernel_stride) * pooled_row,
+        k2_bytes=-(-num_tokens // (4 * sparse.kernel_stride)) * pooled_row,
+        lightning_bytes=_lightning_bytes(config),
+        activation_bytes=_activation_bytes(config, num_tokens, options),
+        logits_bytes=2 * 4 * config.vocab_size,  # fp32, and a copy in sampling
+        driver_bytes=CUDA_DRIVER_BYTES if options.is_cuda else 0,
+    )
+
+
+def longest_context(config: SalaConfig, memory_bytes: int, options: PlanOptions | None = None) -> int:
+    """The largest number of tokens whose plan fits into `memory_bytes`; 0 if not even the weights fit."""
+    fits, too_many = 0, MAX_CONTEXT_TOKENS + 1
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if plan_memory(config, middle, options).total_bytes <= memory_bytes:
+            fits = middle
+        else:
+            too_many = middle
+    return fits
+
+
+def check_fits(plan: MemoryPlan, memory_bytes: int) -> None:
+    """Raises MemoryBudgetError, with the parts of the plan, if it does not fit into `memory_bytes`."""
+    if plan.total_bytes > memory_bytes:
+        parts = {
+            "weights": plan.weight_bytes,
+            "cache": plan.cache_bytes,
+            "lightning states": plan.lightning_bytes,
+            "work": plan.activation_bytes + plan.logits_bytes + plan.driver_bytes,
+        }
+        shown = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
+        raise MemoryBudgetError(
+            f"a context of {plan.num_tokens:,} tokens needs {plan.total_bytes / 2**30:.2f} GiB ({shown}), "
+            f"{memory_bytes / 2**30:.2f} GiB are free",
+            "salalocal plan shows the longest context that fits",
+        )
+
+
+def weight_bytes(config: SalaConfig, weights: WeightFormat) -> int:
+    """Bytes of all tensors of a checkpoint."""
+    if weights is WeightFormat.INT4:
+        return sum(_int4_bytes(name, shape) for name, shape in expected_tensors(config).items())
+    return config.num_parameters * (4 if weights is WeightFormat.FP32 else 2)
+
+
+def _int4_bytes(name: str, shape: tuple[int, ...]) -> int:
+    if name.split(".")[-2] not in _INT4_MODULES:
+        return 2 * math.prod(shape)
+    num_out, num_in = shape
+    groups = -(-num_in // _INT4_GROUP)
+    packed, scales, zeros, group_index = num_out * num_in // 2, 2 * groups * num_out, groups * num_out // 2, 4 * num_in
+    return packed + scales + zeros + group_index
+
+
+def _kv_row_bytes(head_dim: int, cache: CacheFormat) -> int:
+    return {CacheFormat.BF16: 2 * head_dim, CacheFormat.FP32: 4 * head_dim, CacheFormat.INT8: head_dim + 2}[cache]
+
+
+def _pooled_width(cache: CacheFormat) -> int:
+    return 4 if cache is CacheFormat.FP32 else 2
+
+
+def _lightning_bytes(config: SalaConfig) -> int:
+    heads = config.lightning
+    return config.mixer_types.count(LIGHTNING) * heads.num_heads * heads.head_dim**2 * 4
+
+
+def _activation_bytes(config: SalaConfig, num_tokens: int, options: PlanOptions) -> int:
+    """The largest set of temporary tensors: the residual stream, and the MLP or one mixer, whichever is larger."""
+    rows = min(options.chunk_size, max(1, num_tokens))
+    item = 4 if options.weights is WeightFormat.FP32 else 2
+    mixers = {
+        SPARSE: _sparse_work_bytes(config, num_tokens, rows, item),
+        LIGHTNING: _lightning_work_bytes(config, rows, item),
+    }
+    mlp = 4 * rows * config.intermediate_size * item  # gate, its activation, up and their product
+    stream = 4 * rows * config.hidden_size * item
+    return stream + max(mlp, *(mixers[mixer] for mixer in config.mixer_types))
+
+
+def _lightning_work_bytes(config: SalaConfig, rows: int, item: int) -> int:
+    heads = config.lightning
+    # q, k, v, gate and output in the model's dtype; in fp32 the same without the gate, their decayed copies and the
+    # scores of a chunk; two states for each of the eight chunks that are worked on together.
+    return rows * heads.num_heads * heads.head_dim * (5 * item + 12 * 4) + 16 * heads.num_heads * heads.head_dim**2 * 4
+
+
+def _sparse_work_bytes(config: SalaConfig, num_tokens: int, rows: int, item: int) -> int:
+    sparse = config.sparse
+    width = sparse.num_attention_heads * sparse.head_dim
+    num_picked = min(sparse.topk + sparse.window_size // sparse.block_size, -(-num_tokens // sparse.block_size))
+    # What the rows read from each picked block before it is merged, held twice; the pooled keys in fp32.
+    parts = 2 * 4 * min(rows * num_picked * width // sparse.num_key_value_heads, _MAX_PARTIAL_VALUES)
+    pooled = 4 * sparse.num_key_value_heads * sparse.head_dim * (num_tokens // sparse.kernel_stride)
+    return rows * width * (5 * item + 2 * 4) + parts + pooled + _TILE_BYTES

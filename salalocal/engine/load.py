@@ -1,0 +1,59 @@
+"""Loading: an opened Checkpoint comes in, a SalaModel with its weights on a device goes out; for the runtime.
+
+The model is made without memory and gets its tensors one by one. On a CPU a tensor in its stored dtype stays mapped
+from the file; any other is one cast or one copy, so a load never holds more than the model and one tensor.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from salalocal.checkpoint.checkpoint import Checkpoint
+from salalocal.checkpoint.names import expected_tensors
+from salalocal.device import device_memory
+from salalocal.errors import MemoryBudgetError
+from salalocal.model.sala import SalaModel
+
+# Up to here a CPU computes in float32, which is several times faster there than bfloat16 for more than a few rows.
+MAX_DEFAULT_FLOAT32_BYTES = 4 * 2**30
+
+
+def default_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """The dtype to compute in if nobody asks for one: float32 for a small model on a CPU, else that of the
+    checkpoint."""
+    if device.type == "cpu" and 4 * checkpoint.config.num_parameters <= MAX_DEFAULT_FLOAT32_BYTES:
+        return torch.float32
+    return checkpoint.weights_dtype
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None) -> SalaModel:
+    """A model for inference with the weights of a checkpoint, in `dtype` or the default one of the device.
+
+    Raises: CheckpointError if the checkpoint does not hold exactly this model; MemoryBudgetError if it cannot fit.
+    """
+    checkpoint.validate()
+    dtype = dtype or default_dtype(checkpoint, device)
+    _check_memory(checkpoint, device, dtype)
+    model = SalaModel(checkpoint.config, device="meta", dtype=dtype)
+    for name in expected_tensors(checkpoint.config):
+        _assign(model, name, checkpoint.tensor(name).to(device=device, dtype=dtype))
+    return model.eval()
+
+
+def _check_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    sizes = {name: checkpoint.dtype(name) for name in expected_tensors(checkpoint.config)}
+    if device.type == "cpu":
+        sizes = {name: stored for name, stored in sizes.items() if stored != dtype}  # the others stay in the file
+    needed = sum(torch.Size(checkpoint.shape(name)).numel() for name in sizes) * dtype.itemsize
+    free = device_memory(device).free_bytes
+    if needed > free:
+        raise MemoryBudgetError(
+            f"the weights in {str(dtype).removeprefix('torch.')} need {needed / 2**30:.2f} GiB on {device}, "
+            f"{free / 2**30:.2f} GiB are free",
+            "close other programs that use this memory, or choose another dtype or device",
+        )
+
+
+def _assign(model: SalaModel, name: str, weight: Tensor) -> None:
+    module_name, _, leaf = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    setattr(module, leaf, nn.Parameter(weight, requires_grad=False))

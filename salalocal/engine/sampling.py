@@ -1,0 +1,163 @@
+"""Choosing the next token: logits come in, one token id goes out; for the decode loop.
+
+Filters, in this order, each on what the one before left, as in transformers:
+
+    p = softmax(logits / temperature)
+    top_k   the k most probable tokens, ties to the lower id
+    top_p   the shortest run of the most probable tokens whose sum is at least top_p of what top_k left; ties as above
+    min_p   the tokens with p >= min_p * max(p)
+
+Then one token is drawn from what is left. Everything after the logits is float64 on the CPU, so one seed and the same
+logits give the same token on every device.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from salalocal.errors import NumericError, RequestError
+
+MAX_TOKENS = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How an answer is drawn; temperature 0 is greedy. Units: max_tokens in tokens of the answer, at least one.
+
+    Raises: RequestError that names a field that makes no sense.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int = 1024
+    seed: int | None = None
+    is_loop_guarded: bool = True
+
+    def __post_init__(self) -> None:
+        _check_number("temperature", self.temperature, 0, 100)
+        _check_number("top_p", self.top_p, 0, 1)
+        _check_number("min_p", self.min_p, 0, 1)
+        if self.top_p == 0:
+            raise RequestError("top_p should be above 0, is 0", "1 turns it off; for greedy decoding use temperature 0")
+        _check_whole("top_k", self.top_k, 0, MAX_TOKENS)
+        _check_whole("max_tokens", self.max_tokens, 1, MAX_TOKENS)
+        if self.seed is not None:
+            _check_whole("seed", self.seed, 0, 2**63 - 1)
+
+
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise RequestError(f"{name} should be a number from {low} to {high}, is {str(value)[:40]!r}")
+
+
+def _check_whole(name: str, value: object, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise RequestError(f"{name} should be a whole number from {low} to {high}, is {str(value)[:40]!r}")
+
+
+class Sampler:
+    """Draws tokens one after the other; owns the random numbers of one answer."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self._params = params
+        self._generator = torch.Generator()
+        if params.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(params.seed)
+
+    def sample(self, logits: Tensor) -> int:
+        """The next token.
+
+        Shapes: logits [V], any float dtype and device. Raises: NumericError if one of them is NaN or infinite.
+        """
+        check_finite(logits, "logits")
+        if self._params.temperature == 0:
+            return int(torch.argmax(logits))  # the first of equals
+        probabilities = token_probabilities(logits, self._params)
+        kept = torch.nonzero(probabilities).squeeze(-1)
+        cumulative = probabilities[kept].cumsum(0)
+        drawn = torch.rand((), generator=self._generator, dtype=torch.float64) * cumulative[-1]
+        place = torch.searchsorted(cumulative, drawn, right=True)
+        return int(kept[min(int(place), kept.numel() - 1)])
+
+
+def token_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
+    """The distribution that a token is drawn from, for a temperature above 0: zero where a filter cut, sum 1.
+
+    Shapes: logits [V] -> float64 [V] on the CPU.
+    """
+    scaled = logits.detach().to("cpu", torch.float64)
+    probabilities = torch.softmax((scaled - scaled.max()) / params.temperature, dim=0)
+    if 0 < params.top_k < probabilities.numel() or params.top_p < 1:
+        probabilities = _most_probable(probabilities, params)
+    if params.min_p > 0:
+        probabilities = probabilities * (probabilities >= params.min_p * probabilities.max())
+    return probabilities / probabilities.sum()
+
+
+def _most_probable(probabilities: Tensor, params: SamplingParams) -> Tensor:
+    values, ids = torch.sort(probabilities, descending=True, stable=True)  # stable: ties to the lower id
+    count = params.top_k or values.numel()
+    values = values[:count]
+    if params.top_p < 1:
+        cumulative = values.cumsum(0)
+        count = 1 + int((cumulative[:-1] < params.top_p * cumulative[-1]).sum())
+    kept = torch.zeros_like(probabilities)
+    kept[ids[:count]] = values[:count]
+    return kept
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """Raises NumericError if any value is NaN or infinite; `what` names them in the error."""
+    # A sum is finite only if all of its parts are, and costs no tensor of flags; fp64 cannot overflow from finite fp32.
+    if not math.isfinite(float(values.sum(dtype=torch.float64))):
+        num_bad = int((~torch.isfinite(values)).sum())
+        raise NumericError(
+            f"{what}: {num_bad:,} of {values.numel():,} numbers are NaN or infinite",
+            "nothing of this step was kept; check the model's files, or try another dtype",
+        )
+
+
+class RepetitionGuard:
+    """Notices that an answer runs in an endless loop, token by token.
+
+    A loop is a cycle of p <= 256 tokens that the answer has repeated without a single change over its last
+    max(256, 4p) tokens. Why this rule: greedy decoding that has gone round so long does not leave again, while the
+    things that people ask for repeat less or not exactly: rulers, rows of equal cells, zero-filled arrays and short
+    lists stay under 256 tokens, and longer tables and logs differ somewhere in each row (a number, a name). The cost of
+    being late is at most some hundred wasted tokens, the cost of a false alarm is a lost answer.
+    """
+
+    MAX_CYCLE = 256
+    MIN_TOKENS = 256
+    MIN_CYCLES = 4
+
+    def __init__(self, ids: Sequence[int] = ()) -> None:
+        # For each cycle length p: how many of the last tokens equal the one p places before them.
+        self._runs = torch.zeros(self.MAX_CYCLE, dtype=torch.int64)
+        self._recent = torch.full((self.MAX_CYCLE,), -1, dtype=torch.int64)  # newest first
+        self._needed = torch.tensor(
+            [max(self.MIN_TOKENS, self.MIN_CYCLES * cycle) - cycle for cycle in range(1, self.MAX_CYCLE + 1)]
+        )
+        self._is_looping = False
+        for token in ids:
+            self.push(token)
+
+    @property
+    def is_looping(self) -> bool:
+        """Whether the tokens so far end in a loop."""
+        return self._is_looping
+
+    def push(self, token: int) -> bool:
+        """Takes in one token and says whether the answer now ends in a loop."""
+        self._runs = (self._runs + 1) * (self._recent == token)
+        self._recent = self._recent.roll(1)
+        self._recent[0] = token
+        self._is_looping = bool((self._runs >= self._needed).any())
+        return self._is_looping

@@ -1,0 +1,96 @@
+"""A name leads to the package's own model, a folder the user typed, or a cached hub snapshot; to nothing else."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from salalocal.checkpoint import hub
+from salalocal.checkpoint.hub import is_hub_id, resolve_model
+from salalocal.errors import HubError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Hugging Face cache that holds one snapshot, acme/tiny-model."""
+    from huggingface_hub import constants
+
+    root = tmp_path / "hf"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(root))
+    repository = root / "models--acme--tiny-model"
+    snapshot = repository / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    monkeypatch.chdir(tmp_path)
+    return snapshot
+
+
+def test_a_cached_model_is_found(cache: Path) -> None:
+    assert resolve_model("acme/tiny-model") == cache
+    assert resolve_model("acme/tiny-model", offline=True) == cache
+
+
+def test_a_model_that_is_not_here_is_an_error_with_the_command(cache: Path) -> None:
+    with pytest.raises(HubError, match="'acme/other': not in the local Hugging Face cache") as caught:
+        resolve_model("acme/other")
+    assert caught.value.hint.endswith("hf download acme/other") and caught.value.exit_code == 5
+    with pytest.raises(HubError) as caught:
+        resolve_model("acme/other", offline=True)
+    assert "when online" in caught.value.hint and "hf download acme/other" in caught.value.hint
+
+
+def test_a_snapshot_without_a_config_counts_as_not_here(cache: Path) -> None:
+    (cache / "config.json").unlink()
+    with pytest.raises(HubError, match="not in the local"):
+        resolve_model("acme/tiny-model")
+
+
+def test_a_folder_is_taken_as_it_is_and_wins_over_a_hub_id(cache: Path, tmp_path: Path) -> None:
+    assert resolve_model(tmp_path) == tmp_path
+    assert resolve_model(str(tmp_path)) == tmp_path
+    (tmp_path / "acme" / "tiny-model").mkdir(parents=True)
+    assert resolve_model("acme/tiny-model") == Path("acme/tiny-model")
+
+
+def test_builtin_is_the_folder_of_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    package = Path(hub.__file__).parents[1]
+    (tmp_path / "builtin").mkdir()
+    monkeypatch.chdir(tmp_path)
+    if (package / "builtin" / "config.json").exists():
+        assert resolve_model("builtin") == package / "builtin"
+    monkeypatch.setattr(hub, "__file__", str(tmp_path / "salalocal" / "checkpoint" / "hub.py"))
+    with pytest.raises(HubError, match="no embedded model"):
+        resolve_model("builtin")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "", ".", "..", "/", "a", "a/b/c", "../b", "a/..", "a/../b", "/a/b", "a\\b", "a/b\0", "a/b\n", "C:/x",
+        "//srv/share", "a/b..c", "a--b/c", "a/.b", "-a/b", "a/b-", "a/b.", "é/b", "a/" + "b" * 97, "~nobody-at-all/x",
+        "a /b", "a/b?x=1", "a/%2e%2e", "hf://a/b", "x" * 5000,
+    ],
+)  # fmt: skip
+def test_hostile_names_reach_neither_a_path_nor_the_hub(
+    name: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not is_hub_id(name)
+    monkeypatch.setattr(hub, "_cached_folder", lambda *_: pytest.fail("asked the cache"))
+    if name in (".", "..", "/", "a/.."):  # folders that exist are folders
+        return
+    with pytest.raises(HubError, match="not a hub id") as caught:
+        resolve_model(name)
+    assert "\n" not in caught.value.message and len(caught.value.message) <= 300
+
+
+@given(st.text(max_size=30))
+def test_a_hub_id_builds_one_plain_cache_folder(name: str) -> None:
+    if is_hub_id(name):
+        organisation, model = name.split("/")
+        assert all(c.isascii() and (c.isalnum() or c in "._-") for c in organisation + model)
+        assert Path("models--" + name.replace("/", "--")).name == "models--" + name.replace("/", "--")

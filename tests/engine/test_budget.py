@@ -1,0 +1,142 @@
+"""The memory plan gives the figures of the specification, and bounds what a run really takes."""
+
+import math
+
+import pytest
+import torch
+from checkpoint_cases import small_config
+
+from salalocal.engine.budget import (
+    CUDA_DRIVER_BYTES,
+    CacheFormat,
+    MemoryPlan,
+    PlanOptions,
+    WeightFormat,
+    check_fits,
+    longest_context,
+    plan_memory,
+    weight_bytes,
+)
+from salalocal.errors import MemoryBudgetError, RequestError
+from salalocal.model.config import SalaConfig
+
+RELEASED = SalaConfig.released()
+MIB, GIB = 2**20, 2**30
+
+
+def test_the_figures_of_section_15_1() -> None:
+    assert weight_bytes(RELEASED, WeightFormat.BF16) == 18_954_407_936
+    assert round(weight_bytes(RELEASED, WeightFormat.BF16) / GIB, 2) == 17.65
+    one, more = plan_memory(RELEASED, 1024), plan_memory(RELEASED, 1024 + 64)
+    assert more.kv_bytes - one.kv_bytes == 64 * 8192
+    assert more.k1_bytes - one.k1_bytes == 64 * 256
+    assert more.k2_bytes - one.k2_bytes == 64 * 64
+    assert more.cache_bytes - one.cache_bytes == 64 * 8512
+    assert one.lightning_bytes == 50_331_648 == 48 * MIB
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "kv", "k1", "k2", "cache", "with_weights"),
+    [
+        (64 * 1024, 512 * MIB, 16 * MIB, 4 * MIB, 532 * MIB, 18.22),
+        (128 * 1024, 1 * GIB, 32 * MIB, 8 * MIB, 1064 * MIB, 18.74),
+        (256 * 1024, 2 * GIB, 64 * MIB, 16 * MIB, 2128 * MIB, 19.78),
+        (512 * 1024, 4 * GIB, 128 * MIB, 32 * MIB, 4256 * MIB, 21.86),
+        (1024 * 1024, 8 * GIB, 256 * MIB, 64 * MIB, 8512 * MIB, 26.01),
+        (2048 * 1024, 16 * GIB, 512 * MIB, 128 * MIB, 17024 * MIB, 34.32),
+    ],
+)
+def test_the_figures_of_section_15_3(
+    num_tokens: int, kv: int, k1: int, k2: int, cache: int, with_weights: float
+) -> None:
+    plan = plan_memory(RELEASED, num_tokens)
+    assert (plan.kv_bytes, plan.k1_bytes, plan.k2_bytes, plan.cache_bytes) == (kv, k1, k2, cache)
+    assert round((plan.weight_bytes + plan.state_bytes) / GIB, 2) == with_weights
+
+
+def test_the_figures_of_section_14() -> None:
+    assert weight_bytes(RELEASED, WeightFormat.INT4) == 6_615_093_248
+    assert weight_bytes(RELEASED, WeightFormat.FP32) == 2 * weight_bytes(RELEASED, WeightFormat.FP16)
+
+
+def test_an_int8_cache_halves_the_keys_and_values_but_for_the_scales() -> None:
+    plan = plan_memory(RELEASED, 65536, PlanOptions(cache=CacheFormat.INT8))
+    assert plan.kv_bytes == 65536 * 8 * 2 * 2 * (128 + 2)
+    assert plan.pooled_key_bytes == 20 * MIB
+
+
+def test_the_total_is_the_sum_and_the_driver_is_for_cuda_only() -> None:
+    on_card, on_cpu = plan_memory(RELEASED, 1000), plan_memory(RELEASED, 1000, PlanOptions(is_cuda=False))
+    assert on_card.total_bytes - on_cpu.total_bytes == CUDA_DRIVER_BYTES
+    parts = ("weight", "kv", "k1", "k2", "lightning", "activation", "logits", "driver")
+    assert on_card.total_bytes == sum(getattr(on_card, f"{part}_bytes") for part in parts)
+    assert all(getattr(on_card, f"{part}_bytes") > 0 for part in parts)
+
+
+@pytest.mark.parametrize("weights", WeightFormat)
+@pytest.mark.parametrize("cache", CacheFormat)
+def test_the_longest_context_fits_and_one_more_token_does_not(weights: WeightFormat, cache: CacheFormat) -> None:
+    options = PlanOptions(weights, cache)
+    for gibibytes in (8, 16, 24, 80):
+        longest = longest_context(RELEASED, gibibytes * GIB, options)
+        if longest == 0:
+            assert plan_memory(RELEASED, 1, options).total_bytes > gibibytes * GIB
+            continue
+        assert plan_memory(RELEASED, longest, options).total_bytes <= gibibytes * GIB
+        assert plan_memory(RELEASED, longest + 1, options).total_bytes > gibibytes * GIB
+        check_fits(plan_memory(RELEASED, longest, options), gibibytes * GIB)
+
+
+def test_a_16_gigabyte_card_holds_a_million_tokens_with_int4_weights() -> None:
+    assert longest_context(RELEASED, 16 * GIB, PlanOptions(WeightFormat.INT4)) > 900 * 1024
+    assert longest_context(RELEASED, 16 * GIB) == 0
+    assert longest_context(RELEASED, 2**62) == 2**31
+
+
+def test_a_plan_that_does_not_fit_is_refused_with_its_parts() -> None:
+    plan = plan_memory(RELEASED, 1024 * 1024)
+    with pytest.raises(
+        MemoryBudgetError, match=r"1,048,576 tokens needs .* \(weights 17.65, cache 8.31, .*16.00 GiB are free"
+    ):
+        check_fits(plan, 16 * GIB)
+
+
+@pytest.mark.parametrize("num_tokens", [-1, 2**31 + 1, 1.5, True, "64k"])
+def test_a_context_that_makes_no_sense_is_refused(num_tokens: object) -> None:
+    with pytest.raises(RequestError, match="context should be"):
+        plan_memory(RELEASED, num_tokens)  # type: ignore[arg-type]
+
+
+def test_planning_needs_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from salalocal.engine.budget import plan_memory; from salalocal.model.config import SalaConfig;"
+        "plan_memory(SalaConfig.released(), 65536); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": _root()})
+
+
+def _root() -> str:
+    from pathlib import Path
+
+    return str(Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("num_tokens", [64, 200, 1000])
+def test_the_plan_of_a_small_model_is_the_size_of_its_state(num_tokens: int) -> None:
+    from salalocal.engine.engine import Engine
+    from salalocal.model.sala import SalaModel
+
+    config = small_config()
+    model = SalaModel(config, dtype=torch.float32)
+    model.init_weights(generator=torch.Generator().manual_seed(0))
+    state = Engine(model).new_state(num_tokens)
+    plan: MemoryPlan = plan_memory(config, num_tokens, PlanOptions(WeightFormat.FP32, CacheFormat.FP32, is_cuda=False))
+    assert plan.weight_bytes == sum(parameter.nbytes for parameter in model.parameters())
+    # The state rounds its room up to whole groups of rows, per kind of row.
+    num_sparse = config.mixer_types.count("minicpm4")
+    row = 4 * config.sparse.num_key_value_heads * config.sparse.head_dim * num_sparse
+    assert plan.state_bytes - 2 * row <= state.nbytes <= plan.state_bytes + 4 * 64 * row
+    assert math.isclose(plan.lightning_bytes, 2 * 3 * 8 * 8 * 4)
