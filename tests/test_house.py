@@ -1,4 +1,4 @@
-"""The size and order rules of the house: small files, small functions, few parameters, a test file for every source file."""
+"""The size and order rules of the house: small files, small functions, few parameters, a docstring in every module."""
 
 import ast
 from pathlib import Path
@@ -25,8 +25,8 @@ def test_functions_are_short_and_take_few_parameters(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
-        arguments = node.args
-        names = [a.arg for a in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs] if a.arg not in ("self", "cls")]
+        every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        names = [argument.arg for argument in every if argument.arg not in ("self", "cls")]
         is_command = path.name == "cli.py" and bool(node.decorator_list)  # a command's parameters are its flags
         limit = 20 if is_command else 8
         assert len(names) <= limit, f"{node.name} takes {len(names)} parameters: {names}"

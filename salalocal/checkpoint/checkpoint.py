@@ -19,15 +19,12 @@ import torch
 from torch import Tensor
 
 from salalocal.checkpoint.header import Header, TensorEntry, read_header
-from salalocal.checkpoint.names import expected_tensors, ignored_tensors
+from salalocal.checkpoint.names import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, expected_tensors, ignored_tensors
 from salalocal.checkpoint.shard import TORCH_DTYPES, Shard
 from salalocal.checkpoint.strict_json import one_line, read_json_file
 from salalocal.errors import CheckpointError
 from salalocal.model.config import SalaConfig
 
-CONFIG_FILE = "config.json"
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 MAX_CONFIG_BYTES = 4 * 2**20
 MAX_INDEX_BYTES = 32 * 2**20
 MAX_SHARDS = 4096

@@ -8,7 +8,7 @@ what huggingface_hub finds in its cache for an id that has passed a strict patte
 import re
 from pathlib import Path
 
-from salalocal.checkpoint.checkpoint import CONFIG_FILE
+from salalocal.checkpoint.names import CONFIG_FILE
 from salalocal.checkpoint.strict_json import one_line
 from salalocal.errors import HubError
 

@@ -1,10 +1,13 @@
-"""Which tensors a SALA model consists of: a config comes in, upstream names with shapes go out; for Checkpoint,
-writers and plans.
+"""The names in a model folder: its files, and its tensors with their shapes by config; for Checkpoint, writers, plans.
 
 No torch here. Source: specification of MiniCPM-SALA, section 3.
 """
 
 from salalocal.model.config import LIGHTNING, SPARSE, SalaConfig
+
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

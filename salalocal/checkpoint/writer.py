@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from salalocal.checkpoint.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
+from salalocal.checkpoint.names import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from salalocal.checkpoint.shard import TORCH_DTYPES
 from salalocal.checkpoint.strict_json import one_line
 from salalocal.errors import CheckpointError

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from salalocal.checkpoint.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Checkpoint
+from salalocal.checkpoint.checkpoint import Checkpoint
+from salalocal.checkpoint.names import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from salalocal.errors import CheckpointError
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from checkpoint_cases import random_tensors, small_config, written
 
-from salalocal.checkpoint.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Checkpoint
+from salalocal.checkpoint.checkpoint import Checkpoint
+from salalocal.checkpoint.names import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from salalocal.checkpoint.writer import write_checkpoint
 from salalocal.errors import CheckpointError
 

@@ -1,0 +1,5 @@
+"""python -m salalocal."""
+
+from salalocal.cli import main
+
+main()

@@ -1,0 +1,191 @@
+"""A model opened once: config, tokenizer, template and engine; for programs (`salalocal.load`), sessions and cli."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from salalocal.checkpoint.checkpoint import Checkpoint
+from salalocal.checkpoint.hub import BUILTIN, resolve_model
+from salalocal.device import device_memory, pick_device
+from salalocal.engine.budget import CacheFormat, PlanOptions, WeightFormat, check_fits, plan_memory
+from salalocal.engine.engine import Engine, EngineConfig
+from salalocal.engine.load import default_dtype, load_model
+from salalocal.engine.sampling import SamplingParams
+from salalocal.errors import CheckpointError, ContextError, RequestError
+from salalocal.model.config import SalaConfig
+from salalocal.prompt.pack import PromptPack
+from salalocal.prompt.sources import read_sources
+from salalocal.prompt.text_stream import TextStream
+from salalocal.prompt.tokenizer import Tokenizer
+from salalocal.session.generation import Generation
+from salalocal.session.memory import naming_memory_errors
+from salalocal.session.session import Session, SessionOptions
+from salalocal.session.tokens import TextCodec
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES |= {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BUILTIN_MAX_TOKENS = 512
+MAX_TOKENS = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Runtime:
+    """A model with everything that text needs to reach it. Never two calls at once."""
+
+    name: str
+    config: SalaConfig
+    codec: TextCodec
+    engine: Engine
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self.codec.tokenizer
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return frozenset(self.config.eos_token_ids) | frozenset(self.tokenizer.eos_ids)
+
+    @property
+    def context_limit(self) -> int | None:
+        """How many tokens the model was made for, if it says so."""
+        return self.config.max_position_embeddings
+
+    def logits(self, ids: Sequence[int] | Tensor, chunk_size: int | None = None) -> Tensor:
+        """The logits of every token of a text, for evaluation.
+
+        Shapes: ids [T] -> fp32 [T, vocab] on the CPU. Units: chunk_size in tokens; it does not change the result
+        beyond rounding. Raises: RequestError, MemoryBudgetError, NumericError.
+        """
+        with naming_memory_errors("computing logits"):
+            return self.engine.logits(ids, chunk_size)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = BUILTIN_MAX_TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Generation:
+        """Go on from a prompt, as raw completion: no chat template, no documents.
+
+        A text is encoded as plain text behind the start token (BOS), so that nothing in it becomes a control token;
+        token ids are used as they are. The prompt is read before this returns; iterate for the text.
+        Raises: RequestError, ContextError, NumericError.
+        """
+        params = SamplingParams(
+            temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens, seed=seed
+        )
+        stream = TextStream(self.tokenizer, stop, continues_text=True)
+        ids = self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise RequestError("the prompt is empty", "give a text or at least one token id")
+        if self.context_limit is not None and len(ids) >= self.context_limit:
+            raise ContextError(
+                f"a prompt of {len(ids):,} tokens does not fit a context of {self.context_limit:,} tokens"
+            )
+        state = self.engine.new_state()
+        with naming_memory_errors("reading the prompt"):
+            logits = self.engine.prefill(ids, state)
+        if logits is None:
+            raise ValueError("a prefill that nobody can cancel was cancelled")
+        return Generation(self.engine.generate(state, logits, params, self.stop_ids), stream, self.stop_ids)
+
+    def session(
+        self,
+        files: Sequence[str | Path] = (),
+        *,
+        pack: PromptPack | None = None,
+        system: str | None = None,
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
+        context_limit: int | None = None,
+    ) -> Session:
+        """A conversation about files (read now, into memory) or about a pack; the model reads at the first question.
+
+        Raises: RequestError if both are given; PackError for files that cannot be used.
+        """
+        if files and pack is not None:
+            raise RequestError("files and pack are both given", "give one of them")
+        if files:
+            pack = PromptPack.build(read_sources(files))
+        options = SessionOptions(
+            sampling or SamplingParams(max_tokens=default_max_tokens(self.name)),
+            system,
+            tuple(stop),
+            self.context_limit if context_limit is None else context_limit,
+        )
+        return Session(self, pack, options)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is opened. Units: chunk_size and num_tokens in tokens; memory for num_tokens is checked before.
+
+    None lets salalocal choose: a CUDA device if there is one; the checkpoint's dtype, or float32 for a small model on
+    a CPU.
+    """
+
+    device: str | None = None
+    dtype: str | torch.dtype | None = None
+    chunk_size: int | None = None
+    num_tokens: int = 0
+
+
+def load(model: str | Path = BUILTIN, *, device: str | None = None, dtype: str | torch.dtype | None = None) -> Runtime:
+    """Open a model: `builtin`, a folder, or a hub id that is in the local Hugging Face cache.
+
+    `device` and `dtype` None let salalocal choose: a CUDA device if there is one; the checkpoint's dtype, or float32
+    for a small model on a CPU. Raises: HubError, CheckpointError, BackendError, MemoryBudgetError, RequestError.
+    """
+    return open_runtime(resolve_model(model), str(model), LoadOptions(device, dtype))
+
+
+def default_max_tokens(name: str) -> int:
+    """How long an answer may get if nobody says: the built-in model copies lines, others may think first."""
+    return BUILTIN_MAX_TOKENS if name == BUILTIN else MAX_TOKENS
+
+
+def open_runtime(folder: Path, name: str, options: LoadOptions, codec: TextCodec | None = None) -> Runtime:
+    """Open a model folder under a name; a codec that is open already is used as it is. Raises: as `load`."""
+    wanted = _torch_dtype(options.dtype)
+    device = pick_device(options.device)
+    engine_config = EngineConfig() if options.chunk_size is None else EngineConfig(options.chunk_size)
+    checkpoint = Checkpoint.open(folder)
+    codec = codec or TextCodec.from_folder(folder)
+    if codec.tokenizer.vocab_size > checkpoint.config.vocab_size:
+        raise CheckpointError(
+            f"{folder.name}: the tokenizer knows {codec.tokenizer.vocab_size:,} tokens, "
+            f"the model {checkpoint.config.vocab_size:,}",
+            "the folder mixes two models; download it again",
+        )
+    dtype = wanted or default_dtype(checkpoint, device)
+    plan_options = PlanOptions(*_FORMATS[dtype], engine_config.chunk_size, device.type == "cuda")
+    check_fits(plan_memory(checkpoint.config, options.num_tokens, plan_options), device_memory(device).free_bytes)
+    with naming_memory_errors("loading the weights"):
+        engine = Engine(load_model(checkpoint, device, dtype), engine_config)
+    return Runtime(name, checkpoint.config, codec, engine)
+
+
+def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise RequestError(f"dtype {dtype[:40]!r} is not known", f"use one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+_FORMATS = {
+    torch.bfloat16: (WeightFormat.BF16, CacheFormat.BF16),
+    torch.float16: (WeightFormat.FP16, CacheFormat.BF16),
+    torch.float32: (WeightFormat.FP32, CacheFormat.FP32),
+}

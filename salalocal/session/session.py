@@ -1,0 +1,227 @@
+"""A conversation about documents: questions go in, events come out; for chat, ask, server and programs.
+
+A model state is never trimmed. It is saved behind the documents, behind each question and each answer; whatever
+changes (undo, retry, add, drop), reading goes on from the longest saved state that is a prefix of the new prompt.
+"""
+
+import threading
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from salalocal.device import peak_memory_bytes
+from salalocal.engine.sampling import SamplingParams
+from salalocal.errors import PackError, RequestError
+from salalocal.prompt.pack import PromptPack
+from salalocal.prompt.sources import Reading
+from salalocal.prompt.template import Conversation
+from salalocal.prompt.template import Turn as PromptTurn
+from salalocal.prompt.text_stream import TextStream
+from salalocal.session.events import Event, Finish, ReadProgress, ThinkingDelta, Usage
+from salalocal.session.generation import Generation
+from salalocal.session.prefix import PrefixStore, SavePoint, token_bytes
+from salalocal.session.reading import Prompt, Read, read_prompt
+from salalocal.session.thinking import route, split_thinking
+from salalocal.session.tokens import ContextOverflow, TokenReport, report_tokens
+
+if TYPE_CHECKING:
+    from salalocal.session.runtime import Runtime
+
+SAVE_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question with its answer; `answer_ids` hold the thinking too and are what the model sees again."""
+
+    question: str
+    answer: str
+    thinking: str
+    answer_ids: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """What a session is opened with. Units: context_limit in tokens; None means as much as memory holds."""
+
+    sampling: SamplingParams
+    system: str | None = None
+    stop: tuple[str, ...] = ()
+    context_limit: int | None = None
+    save_bytes: int = SAVE_BYTES
+
+
+class Session:
+    """Documents, turns and the states that hold them. One call at a time; `cancel` may come from anywhere.
+
+    `sampling` may be changed between turns.
+    """
+
+    def __init__(self, runtime: "Runtime", pack: PromptPack | None, options: SessionOptions) -> None:
+        self.sampling = options.sampling
+        self._runtime = runtime
+        self._options = options
+        self._pack = pack
+        self._turns: list[Turn] = []
+        # At zero tokens a state is just its lightning matrices: what a fork costs while rows are shared.
+        point_bytes = max(1, runtime.engine.new_state().nbytes)
+        self._store = PrefixStore(options.save_bytes // point_bytes)
+        self._cancelled = threading.Event()
+        self._check(self._render(()))  # a pack that does not fit is refused before anything is read
+
+    @property
+    def pack(self) -> PromptPack | None:
+        """The documents."""
+        return self._pack
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The questions and answers so far."""
+        return tuple(self._turns)
+
+    def token_report(self) -> TokenReport:
+        """How many tokens each document and the whole conversation take."""
+        return report_tokens(self._render(self._prompt_turns()).segments, self._pack, self._options.context_limit)
+
+    def cancel(self) -> None:
+        """Stop the running read or answer at the next chunk or token; safe from a signal handler or another thread."""
+        self._cancelled.set()
+
+    def read(self) -> Iterator[ReadProgress]:
+        """Read the documents (all that is not read yet) and save the state behind them.
+
+        If cancelled, the last event says `is_paused`; nothing is lost, the next read or question goes on from there.
+        Raises: NumericError, MemoryBudgetError.
+        """
+        self._cancelled.clear()
+        return self._read_documents()
+
+    def ask(
+        self, question: str, sampling: SamplingParams | None = None, stop: Sequence[str] | None = None
+    ) -> Iterator[Event]:
+        """Ask a question; reads what is not read yet, then answers, then ends in a `Finish`.
+
+        Cancelled while reading, it ends in a paused ReadProgress and a Finish, and the question is not kept. Cancelled
+        while answering (or no longer iterated), the part that was said is the answer. An error takes the turn back.
+        Raises: RequestError, ContextError, NumericError, MemoryBudgetError.
+        """
+        if not question.strip():
+            raise RequestError("the question is empty", "write a question")
+        prompt = self._render((*self._prompt_turns(), PromptTurn(question)))
+        self._check(prompt)
+        limit = self._options.context_limit
+        room = None if limit is None else limit - len(prompt.ids)
+        sampling = sampling or self.sampling
+        if room is not None and sampling.max_tokens > room:
+            sampling = replace(sampling, max_tokens=room)
+        self._cancelled.clear()
+        return self._ask(question, prompt, sampling, tuple(self._options.stop if stop is None else stop))
+
+    def undo(self) -> Turn:
+        """Take back the last turn. Raises: RequestError if there is none."""
+        if not self._turns:
+            raise RequestError("there is no turn to take back", "ask something first")
+        return self._turns.pop()
+
+    def retry(self, sampling: SamplingParams | None = None) -> Iterator[Event]:
+        """Answer the last question again; the old answer comes back if that fails. Raises: as `ask`."""
+        if not self._turns:
+            raise RequestError("there is no question to answer again", "ask something first")
+        return self._retry(sampling)
+
+    def set_pack(self, pack: PromptPack | None) -> None:
+        """Go on about other documents, with the same turns. Raises: ContextError; then nothing changes."""
+        before, self._pack = self._pack, pack
+        try:
+            self._check(self._render(self._prompt_turns()))
+        except BaseException:
+            self._pack = before
+            raise
+
+    def add(self, reading: Reading) -> None:
+        """Put more documents behind those that are there, so that these are not read again. Raises: ContextError."""
+        if not reading.documents:
+            raise PackError("no text found in what was added", "name a file, a folder or an archive with text in it")
+        self.set_pack(PromptPack.build(reading) if self._pack is None else self._pack.add(reading.documents))
+
+    def drop(self, paths: Sequence[str]) -> None:
+        """Forget documents; those before the first of them are not read again. Raises: RequestError, PackError."""
+        if self._pack is None:
+            raise RequestError("there are no documents to drop", "/add reads some")
+        pack = self._pack
+        for path in paths:
+            pack = pack.drop(path)
+        self.set_pack(pack if pack.documents else None)
+
+    def _prompt_turns(self) -> tuple[PromptTurn, ...]:
+        return tuple(PromptTurn(turn.question, turn.answer_ids) for turn in self._turns)
+
+    def _render(self, turns: tuple[PromptTurn, ...]) -> Prompt:
+        return Prompt(self._runtime.codec.template.render(Conversation(self._options.system, self._pack, turns)))
+
+    def _check(self, prompt: Prompt) -> None:
+        limit = self._options.context_limit
+        if limit is not None and len(prompt.ids) >= limit:
+            raise ContextOverflow(report_tokens(prompt.segments, self._pack, limit), limit)
+
+    def _read_documents(self) -> Generator[ReadProgress, None, None]:
+        prompt = self._render(())
+        if prompt.documents:
+            yield from read_prompt(self._runtime.engine, prompt, self._store, self._cancelled.is_set)
+
+    def _ask(
+        self, question: str, prompt: Prompt, sampling: SamplingParams, stop: tuple[str, ...]
+    ) -> Generator[Event, None, None]:
+        runtime = self._runtime
+        stream = TextStream(runtime.tokenizer, stop)
+        self._store.keep_prefixes_of(prompt.tokens)
+        read = yield from read_prompt(runtime.engine, prompt, self._store, self._cancelled.is_set)
+        if not read.is_whole or read.logits is None:
+            yield Finish("cancelled", self._usage(read))
+            return
+        tokens = runtime.engine.generate(read.state, read.logits, sampling, runtime.stop_ids, self._cancelled.is_set)
+        generation = Generation(tokens, stream, runtime.stop_ids)
+        started_s, num_thinking = time.monotonic(), 0
+        try:
+            for event in route(generation):
+                num_thinking += len(event.token_ids) if isinstance(event, ThinkingDelta) else 0
+                yield event
+        except GeneratorExit:
+            generation.stop_here()
+            raise
+        finally:
+            self._keep(question, prompt, read, generation)
+        usage = self._usage(read, len(generation.token_ids), num_thinking, time.monotonic() - started_s)
+        yield Finish(generation.finish or "stop", usage)
+
+    def _keep(self, question: str, prompt: Prompt, read: Read, generation: Generation) -> None:
+        """Make a turn that has ended part of the conversation, and save the state behind it."""
+        ids = tuple(generation.token_ids)
+        if generation.finish is None or (generation.finish == "cancelled" and not ids):
+            return
+        thinking, answer = split_thinking(generation.text)
+        self._turns.append(Turn(question, answer, thinking, ids, generation.finish))
+        held = ids[: read.state.num_tokens - len(prompt.ids)]
+        self._store.put(SavePoint(prompt.tokens + token_bytes(held), read.state, None, is_pinned=False))
+
+    def _retry(self, sampling: SamplingParams | None) -> Generator[Event, None, None]:
+        turn = self._turns.pop()
+        num_turns = len(self._turns)
+        try:
+            yield from self.ask(turn.question, sampling)
+        finally:
+            if len(self._turns) == num_turns:
+                self._turns.append(turn)
+
+    def _usage(self, read: Read, answer_tokens: int = 0, thinking_tokens: int = 0, answer_s: float = 0.0) -> Usage:
+        return Usage(
+            context_tokens=read.num_tokens,
+            cached_tokens=read.cached_tokens,
+            answer_tokens=answer_tokens,
+            thinking_tokens=thinking_tokens,
+            read_s=read.elapsed_s,
+            answer_s=answer_s,
+            peak_memory_bytes=peak_memory_bytes(self._runtime.engine.device),
+        )

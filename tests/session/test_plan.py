@@ -1,0 +1,71 @@
+"""Plans: the table, the longest context, and commands that do fit."""
+
+import shlex
+
+import pytest
+from typer.testing import CliRunner
+
+from salalocal.cli import app
+from salalocal.engine.budget import CacheFormat, PlanOptions, WeightFormat
+from salalocal.errors import HubError, RequestError
+from salalocal.model.config import SalaConfig
+from salalocal.session.plan import RELEASED_MODEL, PlanFlags, PlanRequest, make_plan, plan_model, short_tokens
+from salalocal.settings import Settings
+
+GIB = 2**30
+
+
+def request(ctx: int | None, gib: float, **options: object) -> PlanRequest:
+    return PlanRequest(RELEASED_MODEL, ctx, int(gib * GIB), PlanOptions(**options))  # type: ignore[arg-type]
+
+
+def test_the_table_holds_the_asked_context_in_its_place() -> None:
+    report = make_plan(SalaConfig.released(), request(100_000, 24))
+    lengths = [plan.num_tokens for plan in report.plans]
+    assert 100_000 in lengths and lengths == sorted(lengths)
+    assert report.fits and report.alternatives == () and report.longest_tokens > 100_000
+
+
+@pytest.mark.parametrize(("ctx", "gib"), [(2**20, 16), (2**20, 8), (2**19, 20), (None, 4), (2**21, 24), (4096, 10)])
+def test_every_alternative_fits_when_it_is_run(ctx: int | None, gib: float) -> None:
+    report = make_plan(SalaConfig.released(), request(ctx, gib))
+    assert not report.fits and 1 <= len(report.alternatives) <= 3
+    for command in report.alternatives:
+        words = shlex.split(command)
+        assert words[0] == "salalocal"
+        result = CliRunner().invoke(app, words[1:])
+        assert result.exit_code == 0, command
+
+
+def test_a_context_just_fits_or_just_does_not() -> None:
+    longest = make_plan(SalaConfig.released(), request(None, 24)).longest_tokens
+    assert make_plan(SalaConfig.released(), request(longest, 24)).fits
+    assert not make_plan(SalaConfig.released(), request(longest + 1, 24)).fits
+
+
+def test_the_released_shape_needs_no_download() -> None:
+    told: list[str] = []
+    report = plan_model(Settings(model=RELEASED_MODEL), PlanFlags(2**16, 24 * GIB, "int4", "int8"), told.append)
+    assert report.fits and "released shape" in told[1] and "cannot make or load" in told[2]
+    assert report.request.options == PlanOptions(WeightFormat.INT4, CacheFormat.INT8)
+    assert report.max_tokens == 524_288
+    with pytest.raises(HubError):
+        plan_model(Settings(model="nobody/nothing"), PlanFlags(), told.append)
+
+
+@pytest.mark.parametrize("flags", [PlanFlags(1, GIB, "int3"), PlanFlags(1, GIB, None, "fp8"), PlanFlags(2**40, GIB)])
+def test_words_and_numbers_that_make_no_sense(flags: PlanFlags) -> None:
+    with pytest.raises(RequestError):
+        plan_model(Settings(model=RELEASED_MODEL), flags, lambda _: None)
+
+
+def test_without_a_given_memory_this_machine_is_planned_for() -> None:
+    told: list[str] = []
+    report = plan_model(Settings(model=RELEASED_MODEL, device="cpu"), PlanFlags(), told.append)
+    assert report.request.memory_bytes > 0 and not report.request.options.is_cuda
+    assert any("free on this machine" in line for line in told)
+
+
+@pytest.mark.parametrize(("tokens", "text"), [(65536, "64k"), (2**20, "1m"), (1000, "1000"), (1536 * 1024, "1536k")])
+def test_short_tokens(tokens: int, text: str) -> None:
+    assert short_tokens(tokens) == text

@@ -1,0 +1,113 @@
+"""The API for programs: load, logits, generate, session."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import tiny_model
+import tiny_tokenizer
+import torch
+
+import salalocal
+from salalocal.errors import CheckpointError, ContextError, HubError, MemoryBudgetError, RequestError
+from salalocal.session.runtime import LoadOptions, Runtime, open_runtime
+
+
+def test_load_opens_a_folder(tmp_path: Path, seed: int) -> None:
+    folder = tiny_model.write_tiny_model(tmp_path, seed)
+    runtime = salalocal.load(folder, device="cpu", dtype="float32")
+    assert runtime.config.vocab_size == tiny_tokenizer.VOCAB_SIZE == runtime.tokenizer.vocab_size
+    assert runtime.engine.model.dtype == torch.float32
+    assert salalocal.load(str(folder), device="cpu", dtype=torch.bfloat16).engine.model.dtype == torch.bfloat16
+
+
+def test_load_takes_what_the_readme_says() -> None:
+    parameters = inspect.signature(salalocal.load).parameters
+    assert list(parameters) == ["model", "device", "dtype"]
+    assert parameters["model"].default == "builtin"
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path: Path, seed: int) -> None:
+    with pytest.raises(HubError):
+        salalocal.load("nobody/nothing")
+    with pytest.raises(RequestError, match="float7"):
+        salalocal.load(tiny_model.write_tiny_model(tmp_path, seed), dtype="float7")
+    with pytest.raises(RequestError, match="tpu"):
+        salalocal.load(tmp_path, device="tpu")
+    tiny_tokenizer.write_tokenizer(tmp_path, tiny_tokenizer.tokenizer_json() | {"added_tokens": _one_more_token()})
+    with pytest.raises(CheckpointError, match="tokenizer knows"):
+        salalocal.load(tmp_path, device="cpu")
+
+
+def _one_more_token() -> list[dict[str, object]]:
+    added = tiny_tokenizer.tokenizer_json()["added_tokens"]
+    return [*added, {**added[-1], "id": added[-1]["id"] + 1, "content": "<|more|>"}]
+
+
+def test_memory_is_checked_before_the_weights_are_read(tmp_path: Path, seed: int) -> None:
+    folder = tiny_model.write_tiny_model(tmp_path, seed)
+    with pytest.raises(MemoryBudgetError):
+        open_runtime(folder, "tiny", LoadOptions("cpu", num_tokens=2**31))
+
+
+def test_logits_are_those_of_every_token_in_fp32(runtime: Runtime, seed: int) -> None:
+    ids = torch.randint(3, 200, (150,), generator=torch.Generator().manual_seed(seed)).tolist()
+    logits = runtime.logits(ids)
+    assert logits.shape == (150, runtime.config.vocab_size) and logits.dtype == torch.float32
+    torch.testing.assert_close(runtime.logits(ids, chunk_size=7), logits, atol=1e-3, rtol=1e-3)
+
+
+def test_generate_streams_text_and_tells_all_afterwards(runtime: Runtime) -> None:
+    generation = runtime.generate("the value of", max_tokens=20)
+    deltas = list(generation)
+    assert generation.finish == "length" and len(generation.token_ids) == 20
+    assert "".join(map(str, deltas)) == generation.text == runtime.tokenizer.decode(generation.token_ids)
+    assert [token for delta in deltas for token in delta.token_ids] == generation.token_ids
+    assert list(generation) == []
+
+
+def test_text_is_encoded_as_plain_text_behind_bos(runtime: Runtime) -> None:
+    text = "<|im_start|>the value"
+    ids = [runtime.tokenizer.bos_id, *runtime.tokenizer.encode(text)]
+    assert runtime.tokenizer.id("<|im_start|>") not in ids
+    from_text = runtime.generate(text, max_tokens=5)
+    from_ids = runtime.generate(ids, max_tokens=5)  # type: ignore[arg-type]
+    assert list(map(str, from_text)) == list(map(str, from_ids))
+
+
+def test_generate_draws_the_likeliest_token_of_the_logits(runtime: Runtime) -> None:
+    ids = [1, *runtime.tokenizer.encode("what is the value of data")]
+    generation = runtime.generate(ids, max_tokens=8)
+    list(generation)
+    rows = runtime.logits([*ids, *generation.token_ids])[len(ids) - 1 : -1]
+    for row, token in zip(rows, generation.token_ids, strict=True):
+        assert row[token] >= row.max() - 1e-2
+
+
+def test_seeds_repeat_and_sampling_varies(runtime: Runtime) -> None:
+    def draw(seed: int) -> list[int]:
+        generation = runtime.generate("data", max_tokens=10, temperature=20.0, seed=seed)
+        list(generation)
+        return generation.token_ids
+
+    assert draw(3) == draw(3) != draw(4)
+
+
+def test_generate_refuses_what_makes_no_sense(runtime: Runtime) -> None:
+    with pytest.raises(RequestError, match="temperature"):
+        runtime.generate("a", temperature=-1)
+    with pytest.raises(RequestError):
+        runtime.generate([])
+    with pytest.raises(RequestError):
+        runtime.generate("a", stop=[""])
+    with pytest.raises(ContextError):
+        runtime.generate([5] * tiny_model.CONTEXT_LIMIT)
+
+
+def test_a_session_about_files(runtime: Runtime, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("alpha = 1\n")
+    session = runtime.session([tmp_path / "notes.txt"])
+    assert [document.path for document in session.pack or ()] == ["notes.txt"]
+    assert session.pack is not None and list(session.ask("what?", salalocal.SamplingParams(max_tokens=3)))
+    with pytest.raises(RequestError):
+        runtime.session(["x"], pack=session.pack)

@@ -1,0 +1,428 @@
+"""The laws of a session: what is said does not depend on what was saved, and nothing is read twice without need."""
+
+import dataclasses
+import random
+import signal
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pytest
+import tiny_model
+import torch
+from tiny_model import counting_feeds, make_pack, with_stop_token
+
+from salalocal.engine.sampling import SamplingParams
+from salalocal.errors import ContextError, MemoryBudgetError, NumericError, PackError, RequestError
+from salalocal.prompt.sources import Reading
+from salalocal.prompt.template import Conversation
+from salalocal.prompt.template import Turn as PromptTurn
+from salalocal.session.events import Event, Finish, ReadProgress, TextDelta, ThinkingDelta
+from salalocal.session.runtime import Runtime
+from salalocal.session.session import Session
+from salalocal.session.tokens import ContextOverflow
+
+GREEDY = SamplingParams(max_tokens=12)
+PACK = {"one": "alpha = 1\n" * 10, "two": "beta = 2\n" * 14, "three": "gamma = 3\n" * 9}
+
+
+def open_session(runtime: Runtime, **options: Any) -> Session:
+    options.setdefault("pack", make_pack(**PACK))
+    return runtime.session(sampling=GREEDY, **options)
+
+
+def finish_of(events: Iterable[Event]) -> Finish:
+    last = list(events)[-1]
+    assert isinstance(last, Finish)
+    return last
+
+
+def text_of(events: Iterable[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, TextDelta))
+
+
+def prompt_ids(runtime: Runtime, session: Session, turns: Sequence[PromptTurn]) -> list[int]:
+    segments = runtime.codec.template.render(Conversation(None, session.pack, tuple(turns)))
+    return [token for segment in segments for token in segment.ids]
+
+
+def assert_last_turn_is_greedy(runtime: Runtime, session: Session) -> None:
+    """Each token of the last answer must be the likeliest after a cold read of everything before it."""
+    *earlier, last = session.turns
+    turns = [*(PromptTurn(turn.question, turn.answer_ids) for turn in earlier), PromptTurn(last.question)]
+    prompt = prompt_ids(runtime, session, turns)
+    logits = runtime.logits([*prompt, *last.answer_ids])[len(prompt) - 1 : -1]
+    assert len(last.answer_ids) > 0
+    for row, token in zip(logits, last.answer_ids, strict=True):
+        assert row[token] >= row.max() - 1e-2
+
+
+def test_reading_then_asking_reads_nothing_twice(runtime: Runtime) -> None:
+    session = open_session(runtime)
+    with counting_feeds(runtime) as feeds:
+        progress = list(session.read())
+        num_documents = progress[-1].num_tokens
+        assert progress[-1].num_tokens == progress[-1].total_tokens and progress[-1].document_left == 0
+        assert [event.path for event in progress][-1] == "three.txt"
+        assert list(session.read()) == []
+        finish = finish_of(session.ask("what is beta?"))
+    assert finish.usage.cached_tokens == num_documents
+    assert finish.usage.context_tokens == num_documents + finish.usage.new_tokens == feeds.num_tokens
+    assert finish.reason == "length" and finish.usage.answer_tokens == 12
+    assert_last_turn_is_greedy(runtime, session)
+
+
+def test_chunks_lie_on_the_grid_and_end_where_states_are_saved(runtime: Runtime) -> None:
+    session = open_session(runtime)
+    with counting_feeds(runtime) as feeds:
+        list(session.read())
+    size = runtime.engine.config.chunk_size
+    assert feeds.calls[0][0] == 0
+    for (start, end), (next_start, _) in zip(feeds.calls, [*feeds.calls[1:], (feeds.calls[-1][1], 0)], strict=True):
+        assert end == next_start
+        assert start // size == (end - 1) // size, "a call crosses the grid"
+
+
+def test_events_are_the_answer(runtime: Runtime) -> None:
+    session = open_session(runtime)
+    events = list(session.ask("what is it?"))
+    ids = [token for event in events if isinstance(event, TextDelta | ThinkingDelta) for token in event.token_ids]
+    turn = session.turns[-1]
+    assert tuple(ids) == turn.answer_ids
+    assert text_of(events) == turn.answer == runtime.tokenizer.decode(turn.answer_ids)
+    assert isinstance(events[0], ReadProgress)
+
+
+def test_later_turns_go_on_from_the_state_behind_the_answer(runtime: Runtime) -> None:
+    session = open_session(runtime)
+    first = finish_of(session.ask("one?"))
+    second = finish_of(session.ask("two?"))
+    # The last token drawn of an answer that was cut is not in the state yet.
+    assert second.usage.cached_tokens == first.usage.context_tokens + first.usage.answer_tokens - 1
+    assert_last_turn_is_greedy(runtime, session)
+    finish_of(session.ask("three?"))
+    assert_last_turn_is_greedy(runtime, session)
+
+
+def test_an_answer_that_stopped_by_itself_is_wholly_in_the_state(runtime: Runtime) -> None:
+    probe = open_session(runtime)
+    finish_of(probe.ask("one?"))
+    ids = probe.turns[-1].answer_ids
+    stop = next((token for token in ids[1:] if token != ids[0]), None)
+    if stop is None:
+        pytest.skip("the random model says one token only")
+    runtime = with_stop_token(runtime, stop)
+    session = open_session(runtime)
+    first = finish_of(session.ask("one?"))
+    assert first.reason == "stop"
+    assert session.turns[-1].answer_ids == ids[: ids.index(stop)]
+    assert stop not in session.turns[-1].answer_ids
+    second = finish_of(session.ask("two?"))
+    assert second.usage.cached_tokens == first.usage.context_tokens + first.usage.answer_tokens
+
+
+def test_without_documents(runtime: Runtime) -> None:
+    session = open_session(runtime, pack=None)
+    assert list(session.read()) == []
+    finish_of(session.ask("hello?"))
+    assert_last_turn_is_greedy(runtime, session)
+
+
+def test_a_cancelled_read_is_paused_without_loss(runtime: Runtime, seed: int) -> None:
+    session = open_session(runtime)
+    stop_after = random.Random(seed).randrange(1, 8)
+    with counting_feeds(runtime) as feeds:
+        seen = []
+        for event in session.read():
+            seen.append(event)
+            if len(seen) == stop_after:
+                session.cancel()
+        # What was asked for while an event was shown is seen after the next chunk.
+        assert len(seen) == stop_after + 1 and seen[-1].is_paused and not seen[-2].is_paused
+        finish = finish_of(session.ask("go on?"))
+    assert finish.reason == "length"
+    assert finish.usage.cached_tokens == seen[-1].num_tokens
+    assert feeds.num_tokens == finish.usage.context_tokens
+    assert_last_turn_is_greedy(runtime, session)
+
+
+def test_a_read_that_is_no_longer_iterated_is_paused_too(runtime: Runtime) -> None:
+    session = open_session(runtime)
+    events = session.read()
+    at = [next(events), next(events)][-1].num_tokens
+    events.close()  # type: ignore[attr-defined]
+    assert next(iter(session.read())).cached_tokens == at
+
+
+def test_a_question_cancelled_while_reading_is_not_kept(runtime: Runtime) -> None:
+    session = open_session(runtime)
+    events = session.ask("long? " * 100)
+    next(events)
+    session.cancel()
+    rest = list(events)
+    assert isinstance(rest[-2], ReadProgress) and rest[-2].is_paused
+    assert isinstance(rest[-1], Finish) and rest[-1].reason == "cancelled"
+    assert session.turns == ()
+    finish_of(session.ask("short?"))
+    assert_last_turn_is_greedy(runtime, session)
+
+
+def test_a_cancelled_answer_is_kept_as_far_as_it_went(runtime: Runtime) -> None:
+    session = open_session(runtime)
+    events = session.ask("what?")
+    said = ""
+    for event in events:
+        if isinstance(event, TextDelta):
+            said += event.text
+            session.cancel()
+        last = event
+    assert isinstance(last, Finish) and last.reason == "cancelled"
+    turn = session.turns[-1]
+    assert turn.answer == said and turn.reason == "cancelled"
+    assert 1 <= len(turn.answer_ids) <= 4, "more than one token after the cancel (a character may take several)"
+    finish_of(session.ask("and then?"))
+    assert_last_turn_is_greedy(runtime, session)
+
+
+def test_an_answer_that_is_no_longer_iterated_is_kept(runtime: Runtime) -> None:
+    session = open_session(runtime)
+    events = session.ask("what?")
+    for event in events:
+        if isinstance(event, TextDelta):
+            break
+    events.close()  # type: ignore[attr-defined]
+    assert session.turns[-1].reason == "cancelled" and session.turns[-1].answer_ids
+    finish_of(session.ask("and then?"))
+    assert_last_turn_is_greedy(runtime, session)
+
+
+@pytest.mark.parametrize("error", [NumericError("NaN"), KeyboardInterrupt(), torch.OutOfMemoryError("no")], ids=type)
+def test_an_error_in_an_answer_takes_the_turn_back(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    session = open_session(runtime)
+    finish_of(session.ask("first?"))
+    step, num_steps = runtime.engine.model.forward, 0
+
+    def failing(tokens: Any, state: Any) -> Any:
+        nonlocal num_steps
+        num_steps += tokens.shape[1] == 1
+        if num_steps == 3:
+            state.layers[0].fork()
+            raise error
+        return step(tokens, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.engine.model, "forward", failing)
+        with pytest.raises(MemoryBudgetError if isinstance(error, torch.OutOfMemoryError) else type(error)):
+            list(session.ask("second?"))
+    assert [turn.question for turn in session.turns] == ["first?"]
+    finish_of(session.ask("third?"))
+    assert_last_turn_is_greedy(runtime, session)
+
+
+def test_an_error_while_reading_leaves_the_saved_states(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = open_session(runtime)
+    prefill, num_calls = runtime.engine.prefill, 0
+
+    def failing(ids: Any, state: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        logits = prefill(ids, state)
+        if num_calls == 8:
+            raise NumericError("NaN", "")
+        return logits
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.engine, "prefill", failing)
+        with pytest.raises(NumericError):
+            list(session.read())
+    first = next(iter(session.read()))
+    assert 0 < first.cached_tokens < 8 * tiny_model.CHUNK_SIZE
+    finish_of(session.ask("what?"))
+    assert_last_turn_is_greedy(runtime, session)
+
+
+def test_interrupts_at_random_moments_never_spoil_a_session(runtime: Runtime, seed: int) -> None:
+    """A KeyboardInterrupt anywhere, in the middle of a layer too: the turn is kept whole or not at all."""
+    rng = random.Random(seed)
+    session = open_session(runtime)
+    before = signal.signal(signal.SIGALRM, _interrupt)
+    try:
+        for number in range(30):
+            signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.001, 0.12))
+            try:
+                for event in session.ask(f"{number}?"):
+                    assert event is not None
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                assert all(turn.question != f"{number}?" or turn.answer_ids for turn in session.turns)
+            if len(session.turns) > 3:
+                session.undo()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    finish_of(session.ask("last?"))
+    assert_last_turn_is_greedy(runtime, session)
+
+
+def _interrupt(_signal: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_undo_and_ask_again(runtime: Runtime) -> None:
+    session = open_session(runtime)
+    first = finish_of(session.ask("first?"))
+    finish_of(session.ask("second?"))
+    assert session.undo().question == "second?"
+    other = finish_of(session.ask("other?"))
+    answered = first.usage.context_tokens + first.usage.answer_tokens
+    assert other.usage.cached_tokens in (answered - 1, answered)
+    assert_last_turn_is_greedy(runtime, session)
+    session.undo()
+    session.undo()
+    with pytest.raises(RequestError):
+        session.undo()
+
+
+def test_retry_reads_nothing_at_all(runtime: Runtime) -> None:
+    session = open_session(runtime)
+    finish_of(session.ask("first?"))
+    before = session.turns[-1]
+    with counting_feeds(runtime) as feeds:
+        again = finish_of(session.retry())
+    assert feeds.calls == [] and again.usage.new_tokens == 0
+    assert session.turns == (before,)
+    warm = SamplingParams(temperature=5.0, max_tokens=12, seed=1)
+    finish_of(session.retry(warm))
+    first_draw = session.turns[-1].answer_ids
+    finish_of(session.retry(warm))
+    assert session.turns[-1].answer_ids == first_draw != before.answer_ids
+
+
+def test_a_retry_that_fails_puts_the_old_answer_back(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = open_session(runtime)
+    with pytest.raises(RequestError):
+        session.retry()
+    finish_of(session.ask("first?"))
+    before = session.turns
+
+    def failing(*_args: Any) -> Any:
+        raise NumericError("NaN", "")
+
+    monkeypatch.setattr(runtime.engine, "generate", failing)
+    with pytest.raises(NumericError):
+        list(session.retry())
+    assert session.turns == before
+
+
+def test_adding_reads_only_what_is_new_and_the_turns(runtime: Runtime) -> None:
+    session = open_session(runtime)
+    finish_of(session.ask("first?"))
+    num_before = session.token_report().document_tokens
+    session.add(Reading((tiny_model.document("four.txt", "delta = 4\n" * 30),)))
+    with counting_feeds(runtime) as feeds:
+        events = list(session.read())
+        finish_of(session.ask("second?"))
+    assert events[0].cached_tokens >= num_before
+    assert feeds.calls[0][0] == events[0].cached_tokens
+    assert_last_turn_is_greedy(runtime, session)
+
+
+def test_dropping_keeps_what_stands_before(runtime: Runtime) -> None:
+    session = open_session(runtime)
+    list(session.read())
+    session.drop(["three.txt"])
+    first = finish_of(session.ask("first?"))
+    assert first.usage.cached_tokens > session.token_report().documents[0].tokens
+    assert_last_turn_is_greedy(runtime, session)
+    session.drop(["one.txt", "two.txt"])
+    assert session.pack is None
+    with pytest.raises(RequestError):
+        session.drop(["one.txt"])
+    finish_of(session.ask("second?"))
+    assert_last_turn_is_greedy(runtime, session)
+
+
+def test_a_pack_that_does_not_fit_is_refused_with_counts_and_nothing_changes(runtime: Runtime) -> None:
+    with counting_feeds(runtime) as feeds, pytest.raises(ContextOverflow) as caught:
+        open_session(runtime, context_limit=100)
+    assert feeds.calls == []
+    assert "nothing was cut" in caught.value.message and "two.txt" in caught.value.hint
+    assert caught.value.exit_code == 4 and len(caught.value.report.documents) == 3
+    session = open_session(runtime, context_limit=1000)
+    before = session.pack
+    with pytest.raises(ContextError):
+        session.add(Reading((tiny_model.document("large.txt", "x" * 5000),)))
+    assert session.pack is before
+    with pytest.raises(ContextError):
+        session.ask("long " * 1000)
+    with pytest.raises(PackError):
+        session.add(Reading(()))
+
+
+def test_an_answer_gets_no_longer_than_the_context_has_room(runtime: Runtime) -> None:
+    session = open_session(runtime)
+    prompt = prompt_ids(runtime, session, [PromptTurn("what?")])
+    session = open_session(runtime, context_limit=len(prompt) + 5)
+    finish = finish_of(session.ask("what?"))
+    assert finish.reason == "length" and finish.usage.answer_tokens == 5
+    with pytest.raises(ContextError):
+        session.ask("and?")
+
+
+def test_empty_questions_are_refused(runtime: Runtime) -> None:
+    with pytest.raises(RequestError):
+        open_session(runtime).ask(" \n")
+
+
+def test_stop_strings_end_the_answer_before_them(runtime: Runtime) -> None:
+    session = open_session(runtime)
+    finish_of(session.ask("what?"))
+    answer = session.turns[-1].answer
+    stop = answer[len(answer) // 2 :][:2]
+    finish_of(session.retry())
+    session.undo()
+    finish = finish_of(session.ask("what?", stop=[stop]))
+    assert finish.reason == "stop"
+    assert session.turns[-1].answer == answer[: answer.index(stop)]
+    finish_of(session.ask("and?"))
+    assert_last_turn_is_greedy(runtime, session)
+
+
+def test_thinking_is_told_apart(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = runtime.tokenizer.encode("<think>so it is\nthis</think>\n\nthe value")
+    engine = runtime.engine
+
+    class Scripted:
+        reason = None
+
+        def __init__(self) -> None:
+            self.left = list(ids)
+
+        def __next__(self) -> int:
+            token = self.left.pop(0)
+            self.reason = None if self.left else "length"
+            return token
+
+    monkeypatch.setattr(engine, "generate", lambda *_: Scripted())
+    session = open_session(runtime)
+    events = list(session.ask("what?"))
+    assert text_of(events) == "the value"
+    assert "".join(event.text for event in events if isinstance(event, ThinkingDelta)) == "so it is\nthis"
+    turn, finish = session.turns[-1], events[-1]
+    assert isinstance(finish, Finish)
+    assert (turn.answer, turn.thinking, list(turn.answer_ids)) == ("the value", "so it is\nthis", ids)
+    assert 0 < finish.usage.thinking_tokens < finish.usage.answer_tokens == len(ids)
+
+
+def test_states_saved_in_memory_are_bounded(runtime: Runtime) -> None:
+    session = Session(runtime, make_pack(**PACK), dataclasses.replace(session_options(runtime), save_bytes=1))
+    list(session.read())
+    for number in range(4):
+        finish_of(session.ask(f"{number}?"))
+    assert len(session._store) == 2
+    assert_last_turn_is_greedy(runtime, session)
+
+
+def session_options(runtime: Runtime) -> Any:
+    return open_session(runtime)._options
