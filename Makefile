@@ -5,13 +5,16 @@ BIN := .venv/bin
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check format install clean
+.PHONY: demo test test-gpu check format install clean
 
 demo: install  ## the main job: the built-in model reads the example archive and answers a question about it
 	$(BIN)/salalocal ask --model builtin --file examples/beacon.tar.gz "What is the value of MAX_RETRIES in config.py?"
 
 test: install  ## all tests that need no GPU
 	$(ONE_THREAD) $(BIN)/pytest -n 2 --dist worksteal
+
+test-gpu: install  ## the tests that need a CUDA device
+	$(BIN)/pytest -m gpu tests/gpu
 
 check: install  ## format, lint, types, who may import whom
 	$(BIN)/ruff format --check .

@@ -1,0 +1,51 @@
+"""Writes the trained model as a Hugging Face folder.
+
+In: saved weights (training/runs/NAME) and salalocal/builtin/tokenizer.json. Out: config.json, model.safetensors (bf16),
+generation_config.json and chat_template.jinja in salalocal/builtin/. For: the runtime.
+Run: `python -m training.export training/runs/two`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from training.model import EmbeddedModel, Shape
+from training.tokenizer import BUILTIN
+from training.train import restore
+
+CHAT_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+{%- if not loop.first %}{{ '\\n' }}{% endif %}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif -%}
+"""
+
+
+def main() -> None:
+    """Converts and writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("weights", type=Path)
+    parser.add_argument("--out", type=Path, default=BUILTIN)
+    arguments = parser.parse_args()
+    shape = Shape()
+    model = EmbeddedModel(shape)
+    restore(model, arguments.weights)
+    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, arguments.out / "model.safetensors", metadata={"format": "pt"})
+    config = shape.to_hf()
+    (arguments.out / "model.safetensors").chmod(0o644)
+    (arguments.out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    (arguments.out / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n")
+    (arguments.out / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    size = sum(path.stat().st_size for path in arguments.out.iterdir())
+    print(f"{sum(t.numel() for t in tensors.values())} parameters, {size / 1e6:.1f} MB in {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Trains the embedded model in phases: short and dense first, long with block selection last.
+
+In: the corpus and the tokenizer; `--resume FOLDER` goes on from saved weights. Out: under --out: weights-K.pt (three
+parts, fp32), log.jsonl, and at the end the scores of a small held-out check. For: training/export.py. Run (one H100,
+about ten minutes a stage): `python -m training.train --stage 1 --out training/runs/one`.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from training.archive import ANSWER, TEXT, ArchiveMaker
+from training.batches import Batch, Stream, loader
+from training.corpus import Corpus
+from training.invent import word_list
+from training.model import EmbeddedModel, Shape
+from training.optimizer import Optimizer
+from training.score import score, shares
+
+SEED = 20261123
+NUM_PARTS = 4
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One length and mixture; `rate` is the learning-rate factor at its start and end, `seconds` its share of the wall
+    clock.
+    """
+
+    length: int
+    batch: int
+    seconds: float
+    cut_share: float
+    rate: tuple[float, float]
+    text_weight: float = 0.3
+    pointer_weight: float = 0.2
+    selection_weight: float = 0.1
+
+
+STAGES = {
+    "0": [
+        Phase(512, 96, 75, 0.7, (1.0, 1.0)),
+        Phase(2048, 24, 25, 0.6, (1.0, 1.0)),
+        Phase(8192, 6, 15, 0.3, (0.5, 0.5)),
+        Phase(16384, 3, 10, 0.3, (0.5, 0.5)),
+    ],
+    "1": [
+        Phase(512, 96, 90, 0.7, (1.0, 1.0)),
+        Phase(2048, 24, 130, 0.6, (1.0, 1.0), selection_weight=0.15),
+        Phase(8192, 6, 200, 0.4, (0.8, 0.5), selection_weight=0.2),
+    ],
+    "2": [
+        Phase(2048, 24, 150, 0.5, (0.6, 0.5), selection_weight=0.15),
+        Phase(8192, 6, 165, 0.3, (0.45, 0.25), selection_weight=0.2),
+        Phase(16384, 3, 140, 0.2, (0.25, 0.01), text_weight=0.2, pointer_weight=0.1, selection_weight=0.2),
+    ],
+}
+
+
+def losses_of(model: EmbeddedModel, batch: Batch, phase: Phase) -> tuple[Tensor, dict[str, Tensor]]:
+    """Total loss of a batch and its parts."""
+    hidden, extra = model(batch.ids, batch.cut, batch.hints)
+    each = F.cross_entropy(model.logits(hidden).flatten(0, 1), batch.targets.flatten(), reduction="none")
+    marks = batch.marks.flatten()
+    is_text, is_answer = (marks == TEXT).float(), (marks == ANSWER).float()
+    text = (each * is_text).sum() / is_text.sum().clamp(min=1.0)
+    answer = (each * is_answer).sum() / is_answer.sum().clamp(min=1.0)
+    total = answer + phase.text_weight * text
+    total = total + phase.selection_weight * extra[:, 0].sum() + phase.pointer_weight * extra[:, 1].sum()
+    parts = {"answer": answer, "text": text}
+    for order, name in enumerate(("header", "hop", "copy")):
+        parts |= {f"select_{name}": extra[order, 0], f"{name}": extra[order, 2]}
+    return total, {name: value.detach() for name, value in parts.items()}
+
+
+def save(model: EmbeddedModel, folder: Path) -> None:
+    """The weights in parts of similar size, written beside and renamed."""
+    parts: list[dict[str, Tensor]] = [{} for _ in range(NUM_PARTS)]
+    sizes = [0] * NUM_PARTS
+    for name, tensor in sorted(model.state_dict().items(), key=lambda item: -item[1].numel()):
+        smallest = sizes.index(min(sizes))
+        parts[smallest][name] = tensor
+        sizes[smallest] += tensor.numel()
+    for number, part in enumerate(parts):
+        target = folder / f"weights-{number}.pt"
+        torch.save(part, target.with_suffix(".tmp"))
+        target.with_suffix(".tmp").replace(target)
+
+
+def restore(model: EmbeddedModel, folder: Path) -> None:
+    """Loads what `save` wrote, or an exported model.safetensors."""
+    state: dict[str, Tensor] = {}
+    exported = folder / "model.safetensors"
+    if exported.exists():
+        state.update(load_file(exported))
+    for part in sorted(folder.glob("weights-*.pt")):
+        state.update(torch.load(part, map_location="cpu", weights_only=True))
+    model.load_state_dict(state)
+
+
+class Trainer:
+    """Runs phases on one device and writes the log."""
+
+    def __init__(self, model: EmbeddedModel, device: torch.device, out: Path):
+        self.model, self.device, self.out = model, device, out
+        self.optimizer = Optimizer(model)
+        self.log = (out / "log.jsonl").open("a")
+        self.start = time.time()
+        self.steps = 0
+
+    def note(self, **values: object) -> None:
+        row = {"s": round(time.time() - self.start, 1), "step": self.steps, **values}
+        self.log.write(json.dumps(row) + "\n")
+        self.log.flush()
+        print(json.dumps(row), flush=True)
+
+    def run(self, phase: Phase, batches: Iterator[Batch]) -> None:
+        """One phase, ended by the clock; its time starts after the first step (compilation)."""
+        begun, seen, sums = None, 0, {}
+        noted = time.time()
+        saved = time.time()
+        count = waited = 0.0
+        while begun is None or time.time() - begun < phase.seconds:
+            share = 0.0 if begun is None else (time.time() - begun) / phase.seconds
+            warm = min(1.0, (self.steps + 1) / 100)
+            factor = warm * (phase.rate[0] + (phase.rate[1] - phase.rate[0]) * share)
+            asked = time.time()
+            batch = next(batches).to(self.device)
+            waited += time.time() - asked
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                total, parts = losses_of(self.model, batch, phase)
+            total.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
+            self.optimizer.step(factor)
+            self.model.zero_grad(set_to_none=True)
+            self.steps += 1
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + value
+            count += 1
+            seen += batch.ids.numel()
+            if begun is None or (self.steps % 20 == 0 and time.time() - noted > 8):
+                means = {name: round(float(value) / count, 4) for name, value in sums.items()}
+                elapsed = time.time() - noted
+                rate = round(seen / elapsed / 1000)
+                self.note(length=phase.length, ktok_s=rate, wait=round(waited / elapsed, 2), **means)
+                sums, count, seen, waited, noted = {}, 0.0, 0, 0.0, time.time()
+            if begun is None:
+                begun = time.time()
+            if time.time() - saved > 100:
+                save(self.model, self.out)
+                saved = time.time()
+        save(self.model, self.out)
+
+
+def check(trainer: Trainer, heldout: Corpus, words: list[str], length: int, count: int) -> None:
+    """Scores held-out samples of several turns, with and without the sparse layers."""
+    maker = ArchiveMaker(heldout, words, random.Random(f"check-{length}"))
+    samples = [maker.sample(length) for _ in range(count)]
+    trainer.note(check=length, scores=shares(score(trainer.model, samples, trainer.device)))
+    zeroed = score(trainer.model, samples[: max(1, count // 2)], trainer.device, is_zeroed=True)
+    trainer.note(check=length, without_sparse_layers=shares({"all": zeroed["all"]}))
+
+
+def main() -> None:
+    """Parses the command line and runs one stage."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stage", choices=sorted(STAGES), required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--scale-seconds", type=float, default=1.0)
+    parser.add_argument("--limit-mb", type=float)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    limit = None if arguments.limit_mb is None else int(arguments.limit_mb * 1e6)
+    corpus, heldout = Corpus.load("train", limit), Corpus.load("heldout", limit)
+    lines = [line for n in corpus.names for file in corpus.packages[n] for line in file.lines[:80]]
+    words, new_words = (word_list(lines, corpus.tokenizer, is_heldout) for is_heldout in (False, True))
+    print(f"{corpus.num_tokens / 1e6:.1f}M training tokens read in {time.time() - start:.0f} s", flush=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(SEED)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    model = EmbeddedModel(Shape()).to(device)
+    if arguments.resume:
+        restore(model, arguments.resume)
+    if arguments.compile:
+        torch._dynamo.config.recompile_limit = 64
+        model.compile_blocks()
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device}", flush=True)
+    trainer = Trainer(model, device, arguments.out)
+    if arguments.resume:
+        trainer.note(resumed=str(arguments.resume))
+    for number, phase in enumerate(STAGES[arguments.stage]):
+        scaled = Phase(**{**phase.__dict__, "seconds": phase.seconds * arguments.scale_seconds})
+        seed = SEED + 1000 * int(arguments.stage) + number
+        stream = Stream(corpus, words, phase.length, phase.batch, phase.cut_share, seed)
+        trainer.run(scaled, loader(stream, arguments.workers))
+        check(trainer, heldout, new_words, phase.length, {512: 24, 2048: 24, 8192: 12, 16384: 8}[phase.length])
+
+
+if __name__ == "__main__":
+    main()
