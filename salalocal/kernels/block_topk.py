@@ -23,7 +23,7 @@ from torch import Tensor
 
 from salalocal.kernels.pooled_keys import num_pooled
 
-MAX_TILE_SCORES = 1 << 19  # scores per head held at once; 2 MiB in fp32
+MAX_TILE_SCORES = 1 << 18  # scores per head held at once; 2 MiB in float64
 MIN_TILE_ROWS = 32  # fewer rows make slow products, so for very many keys the keys are cut as well
 TIE_SLACK = 1e-11  # float64 inputs only: their scores are not rounded to fp32, so equal keys differ in the last bits
 COARSE_FACTOR = 4  # k2 is pooled over windows and strides four times those of k1
@@ -116,7 +116,7 @@ def _pick_row(heads: Tensor, k1: Tensor, k2: Tensor, p: int, geometry: BlockGeom
     """Blocks of one row and KV head, ascending; heads [G, D], k1 [N1, D], k2 [N2, D]."""
     own = p // geometry.block_size
     forced = set(range(min(geometry.init_blocks, own + 1))) | set(range(max(0, own - geometry.local_blocks), own + 1))
-    scores = torch.zeros(len(k1), dtype=torch.float64)
+    scores = torch.zeros(len(k1), dtype=torch.float64, device=k1.device)
     visible = num_pooled(p + 1, geometry.kernel_size, geometry.kernel_stride)
     coarse_visible = num_pooled(p + 1, geometry.coarse_kernel_size, geometry.coarse_kernel_stride)
     if visible:
@@ -198,9 +198,8 @@ def _block_scores(
     first, last = max(start, 0), min(end, k1.shape[1])
     dtype = torch.promote_types(q.dtype, torch.float32)
     products = _dot_in_parts(queries, k1[:, first:last])
-    scores = torch.cat(
-        [torch.add(shift, x, alpha=scale).to(dtype).logsumexp(2) for x in products], -1
-    )  # [B, Hkv, T, J]
+    parts = [_log_sum_over_heads(torch.add(shift, x, alpha=scale).to(dtype)) for x in products]
+    scores = torch.cat(parts, -1)  # [B, Hkv, T, J]
     is_hidden = torch.arange(first, last, device=q.device) >= seen[:, None]
     scores.masked_fill_(is_hidden | scores.isnan(), -math.inf)
 
@@ -210,6 +209,21 @@ def _block_scores(
     blocks = torch.arange(geometry.init_blocks, end_block, device=q.device)
     is_local = blocks >= (positions // geometry.block_size - geometry.local_blocks)[:, None]
     return pooled.masked_fill_(is_local, -math.inf).transpose(1, 2)
+
+
+def _log_sum_over_heads(logs: Tensor) -> Tensor:
+    """Log of the sum of exp over the heads, [B, Hkv, G, T, J] -> [B, Hkv, T, J]; `logs` is used up.
+
+    Heads are added by halves: torch's own sum adds in an order that depends on the place in J, which would break ties.
+    """
+    peak = logs.amax(2, keepdim=True)
+    logs.sub_(peak).exp_()
+    size = logs.shape[2]
+    while size > 1:
+        half = size // 2
+        logs[:, :, :half] += logs[:, :, size - half : size]
+        size -= half
+    return logs[:, :, 0].log_().add_(peak[:, :, 0])
 
 
 def _log_normaliser(queries: Tensor, pooled: Tensor, seen: Tensor, scale: float) -> Tensor:

@@ -41,8 +41,9 @@ def dense_attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, fir
     batch, num_rows, num_heads, _ = q.shape
     queries, keys, values = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, T or N, D]
     if first_position == 0 and num_rows > 1:
-        keys, values = keys[:, :, :num_rows], values[:, :, :num_rows]
-        fused = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=group > 1)
+        # Heads are repeated rather than left to enable_gqa, for which some devices fall back to a full score matrix.
+        keys, values = (x[:, :, :num_rows].repeat_interleave(group, dim=1) for x in (keys, values))
+        fused = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
         return fused.transpose(1, 2)
 
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32

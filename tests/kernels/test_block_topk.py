@@ -179,8 +179,6 @@ def test_near_ties_are_decided_within_rounding(geometry: BlockGeometry, seed: in
 @pytest.mark.parametrize("geometry", SMALL)
 def test_ties_go_to_the_lower_block(geometry: BlockGeometry, dtype: torch.dtype, seed: int) -> None:
     rng = random.Random(seed)
-    if geometry.kernel_size > (geometry.local_blocks + 1) * geometry.block_size:
-        pytest.skip("the newest candidates see no pooled key, so not all scores are equal")
     case = draw(rng, geometry, rng.randint(200, 340))
     case.keys = case.keys[:, :1].expand_as(case.keys).contiguous()
     picks = case.choose(dtype)
@@ -205,16 +203,26 @@ def test_repeated_blocks_tie_by_number(geometry: BlockGeometry, dtype: torch.dty
 
 
 @pytest.mark.parametrize("geometry", SMALL)
-@pytest.mark.parametrize("strength", [1e2, 1e4, 1e6])
-def test_one_dominating_key_neither_overflows_nor_hides(geometry: BlockGeometry, strength: float, seed: int) -> None:
-    """Next to its windows all others vanish as plain exponentials, but not as logarithms: the ranking stays exact."""
+@pytest.mark.parametrize("strength", [1e2, 1e3])
+def test_one_dominating_key_does_not_hide_the_others(geometry: BlockGeometry, strength: float, seed: int) -> None:
+    """Beside its windows all others vanish as plain exponentials, but not as logarithms: the ranking stays exact."""
     rng = random.Random(seed)
     case = draw(rng, geometry, 330)
     case.keys[:, rng.randrange(case.num_tokens)] = strength
     k1, k2 = case.pooled(torch.float32)
     rounded = (case.q.float().double(), k1.double(), k2.double())
     exact = block_topk_reference(*rounded, case.first, case.num_tokens, geometry, case.scale)
-    assert (case.choose(torch.float32) == exact).double().mean() > 0.99
+    num_other = (case.choose(torch.float32) != exact).any(-1).sum()
+    assert num_other <= 1 + 0.01 * exact[..., 0].numel()  # two windows that hold the key may tie within rounding
+
+
+@pytest.mark.parametrize("geometry", SMALL)
+def test_a_huge_key_still_gives_valid_blocks(geometry: BlockGeometry, seed: int) -> None:
+    rng = random.Random(seed)
+    case = draw(rng, geometry, 330, max_rows=20)
+    case.keys[:, rng.randrange(case.num_tokens)] = 1e30
+    picks = case.choose(torch.float32)
+    assert_is_choice(case, picks, np.zeros((*picks.shape[:3], 340)), 0.0)
 
 
 def test_an_edge_of_the_reach_of_the_released_sizes(seed: int) -> None:
@@ -243,8 +251,8 @@ def test_a_planted_block_is_picked_wherever_it_is(geometry: BlockGeometry, dtype
         blocks = (case.first - 1) // geometry.block_size
         block = {"first": 0, "last": blocks, "any": rng.randint(0, blocks)}[place]
         needle = torch.nn.functional.normalize(torch.randn(8, dtype=torch.float64), dim=0)
-        case.q = case.q / 3 + 4 * needle
-        case.keys[:, block * geometry.block_size : (block + 1) * geometry.block_size] += 8 * needle
+        case.q = case.q / 3 + 8 * needle
+        case.keys[:, block * geometry.block_size : (block + 1) * geometry.block_size] += 16 * needle
         assert (case.choose(dtype) == block).any(-1).all()
 
 
