@@ -26,6 +26,11 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
 
+def linear(x: Array, weight: Array) -> Array:
+    """x @ weight^T for x [T, in]; not a matrix product, since that may give equal rows unequal last bits."""
+    return np.einsum("ti,oi->to", x, weight)
+
+
 def sigmoid(x: Array) -> Array:
     """1 / (1 + e^-x), through tanh so that nothing overflows."""
     return 0.5 * (1.0 + np.tanh(0.5 * x))
@@ -131,7 +136,10 @@ def log_sum_exp(x: Array) -> float:
 
 
 def stage1_scores(q: Array, k1: Array, k2: Array, p: int, geometry: Geometry, scale: float) -> Array:
-    """Score of every k1 for one row: q [Hq, D], k1 [N1, Hkv, D], k2 [N2, Hkv, D] -> [Hkv, N1] (9.3)."""
+    """Score of every k1 for one row: q [Hq, D], k1 [N1, Hkv, D], k2 [N2, Hkv, D] -> [Hkv, N1] (9.3).
+
+    Each key is worked on by itself, so that equal keys have equal scores to the last bit, and ties stay ties.
+    """
     num_groups = k1.shape[1]
     group_size = len(q) // num_groups
     visible1 = num_visible(p, len(k1), geometry.kernel_size, geometry.kernel_stride)
@@ -141,10 +149,11 @@ def stage1_scores(q: Array, k1: Array, k2: Array, p: int, geometry: Geometry, sc
         return scores
     for g in range(num_groups):
         for h in range(g * group_size, (g + 1) * group_size):
-            z = k1[:visible1, g] @ q[h] * scale
+            z = (k1[:visible1, g] * q[h]).sum(axis=1) * scale
             # Section 16: a row that sees no coarse key takes the normaliser from the fine ones.
-            w = k2[:visible2, g] @ q[h] * scale if visible2 > 0 else z
-            scores[g, :visible1] += np.exp(z - log_sum_exp(w))
+            w = (k2[:visible2, g] * q[h]).sum(axis=1) * scale if visible2 > 0 else z
+            normaliser = log_sum_exp(w)
+            scores[g, :visible1] += [math.exp(z_j - normaliser) for z_j in z]
     return scores
 
 
@@ -284,9 +293,9 @@ def sparse_mixer(
     num_tokens, dim = len(x), config["head_dim"]
     geometry = Geometry.of(config["sparse_config"])
     scale = 1.0 / math.sqrt(dim)
-    q = (x @ weights["q_proj.weight"].T).reshape(num_tokens, config["num_attention_heads"], dim)
-    k = (x @ weights["k_proj.weight"].T).reshape(num_tokens, config["num_key_value_heads"], dim)
-    v = (x @ weights["v_proj.weight"].T).reshape(num_tokens, config["num_key_value_heads"], dim)
+    q = linear(x, weights["q_proj.weight"]).reshape(num_tokens, config["num_attention_heads"], dim)
+    k = linear(x, weights["k_proj.weight"]).reshape(num_tokens, config["num_key_value_heads"], dim)
+    v = linear(x, weights["v_proj.weight"]).reshape(num_tokens, config["num_key_value_heads"], dim)
     trace = LayerTrace("sparse", q, k, v)
     trace.k1 = compressed_keys(k, geometry.kernel_size, geometry.kernel_stride)
     trace.k2 = compressed_keys(k, 4 * geometry.kernel_size, 4 * geometry.kernel_stride)
@@ -300,25 +309,25 @@ def sparse_mixer(
         trace.blocks.append(blocks)
         trace.margins.append(margins)
         attended[p] = attend_row(q[p], k, v, tokens, scale)
-    gate = sigmoid(x @ weights["o_gate.weight"].T)
-    return (attended.reshape(num_tokens, -1) * gate) @ weights["o_proj.weight"].T, trace
+    gate = sigmoid(linear(x, weights["o_gate.weight"]))
+    return linear(attended.reshape(num_tokens, -1) * gate, weights["o_proj.weight"]), trace
 
 
 def lightning_mixer(x: Array, weights: Mapping[str, Array], config: Mapping[str, Any]) -> tuple[Array, LayerTrace]:
     """Section 6, for the whole sequence at once; weights of this self_attn only."""
     num_tokens, dim, eps = len(x), config["lightning_head_dim"], config["rms_norm_eps"]
     num_heads, num_kv_heads = config["lightning_nh"], config["lightning_nkv"]
-    q = (x @ weights["q_proj.weight"].T).reshape(num_tokens, num_heads, dim)
-    k = (x @ weights["k_proj.weight"].T).reshape(num_tokens, num_kv_heads, dim)
-    v = (x @ weights["v_proj.weight"].T).reshape(num_tokens, num_kv_heads, dim)
+    q = linear(x, weights["q_proj.weight"]).reshape(num_tokens, num_heads, dim)
+    k = linear(x, weights["k_proj.weight"]).reshape(num_tokens, num_kv_heads, dim)
+    v = linear(x, weights["v_proj.weight"]).reshape(num_tokens, num_kv_heads, dim)
     q = rotary(rms_norm(q, weights["q_norm.weight"], eps), range(num_tokens), config["rope_theta"])
     k = rotary(rms_norm(k, weights["k_norm.weight"], eps), range(num_tokens), config["rope_theta"])
     k = np.repeat(k, num_heads // num_kv_heads, axis=1)
     v = np.repeat(v, num_heads // num_kv_heads, axis=1)
     o, state = lightning(q, k, v, lightning_slopes(num_heads), 1.0 / math.sqrt(dim))
     o = rms_norm(o.reshape(num_tokens, -1), weights["o_norm.weight"], eps)
-    gate = sigmoid(x @ weights["z_proj.weight"].T)
-    return (o * gate) @ weights["o_proj.weight"].T, LayerTrace("lightning", q, k, v, state=state)
+    gate = sigmoid(linear(x, weights["z_proj.weight"]))
+    return linear(o * gate, weights["o_proj.weight"]), LayerTrace("lightning", q, k, v, state=state)
 
 
 def forward(
@@ -354,9 +363,9 @@ def forward(
         layers.append(trace)
         h = h + y * branch
         x = rms_norm(h, own["post_attention_layernorm.weight"], eps)
-        inner = silu(x @ own["mlp.gate_proj.weight"].T) * (x @ own["mlp.up_proj.weight"].T)
-        h = h + (inner @ own["mlp.down_proj.weight"].T) * branch
+        inner = silu(linear(x, own["mlp.gate_proj.weight"])) * linear(x, own["mlp.up_proj.weight"])
+        h = h + linear(inner, own["mlp.down_proj.weight"]) * branch
     hidden = rms_norm(h, w["model.norm.weight"], eps)
     head = w["model.embed_tokens.weight"] if config["tie_word_embeddings"] else w["lm_head.weight"]
-    logits = hidden / (config["hidden_size"] / config["dim_model_base"]) @ head.T
+    logits = linear(hidden / (config["hidden_size"] / config["dim_model_base"]), head)
     return Forward(logits, hidden, layers)
