@@ -1,17 +1,17 @@
 """Every error that salalocal raises on purpose; for all rooms.
 
-    SalaLocalError
-    |- RequestError      usage: a flag, a field or a call that makes no sense          exit 2
-    |- SettingsError     an environment variable or settings file that cannot be used  exit 2
-    |- MemoryBudgetError does not fit in memory                                         exit 3
-    |- PackError         bad, damaged or too large input files                          exit 4
-    |- ContextError      more tokens than the context holds                             exit 4
-    |- CheckpointError   a model folder that is damaged, incomplete or unsupported      exit 4
-    |- StateError        a saved state of another model, or damaged                     exit 4
-    |- HubError          a model that is not here and could not be fetched              exit 5
-    |- BackendError      device, driver or kernel limits                                exit 6
-    |- NumericError      NaN or Inf where numbers were due                              exit 7
-    `- BusyError         locked by another process                                      exit 8
+SalaLocalError
+|- RequestError      usage: a flag, a field or a call that makes no sense          exit 2
+|- SettingsError     an environment variable or settings file that cannot be used  exit 2
+|- MemoryBudgetError does not fit in memory                                         exit 3
+|- PackError         bad, damaged or too large input files                          exit 4
+|- ContextError      more tokens than the context holds                             exit 4
+|- CheckpointError   a model folder that is damaged, incomplete or unsupported      exit 4
+|- StateError        a saved state of another model, or damaged                     exit 4
+|- HubError          a model that is not here and could not be fetched              exit 5
+|- BackendError      device, driver or kernel limits                                exit 6
+|- NumericError      NaN or Inf where numbers were due                              exit 7
+`- BusyError         locked by another process                                      exit 8
 """
 
 
