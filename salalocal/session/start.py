@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Tell = Callable[[str], None]
 
+BUILTIN_TRAINED_TOKENS = 16_384  # the longest context that the built-in model saw in training, and was scored at
+
 _SKIPS_SHOWN = 20
 _MAX_CONFIG_BYTES = 4 * 2**20
 
@@ -107,6 +109,11 @@ def open_session(settings: Settings, sources: Sources, stop: Sequence[str], tell
             f"built-in demonstration model, {runtime.config.num_parameters / 1e6:.1f} M parameters: "
             "looks things up in files, cannot chat or reason"
         )
+        if report.total_tokens > BUILTIN_TRAINED_TOKENS:
+            tell(
+                f"it was trained on up to {BUILTIN_TRAINED_TOKENS:,} tokens: "
+                f"how well it answers about {report.total_tokens:,} was not measured"
+            )
     session = runtime.session(
         pack=pack,
         system=settings.system,
