@@ -18,17 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salalocal.checkpoint.header import Header, TensorEntry, read_header
-from salalocal.checkpoint.names import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, expected_tensors, ignored_tensors
+from salalocal.checkpoint.folder import read_headers
+from salalocal.checkpoint.header import TensorEntry
+from salalocal.checkpoint.names import (
+    CONFIG_FILE,
+    WEIGHT_DTYPES,
+    TensorSpec,
+    expected_tensors,
+    ignored_tensors,
+)
 from salalocal.checkpoint.shard import TORCH_DTYPES, Shard
 from salalocal.checkpoint.strict_json import one_line, read_json_file
 from salalocal.errors import CheckpointError
 from salalocal.model.config import SalaConfig
 
 MAX_CONFIG_BYTES = 4 * 2**20
-MAX_INDEX_BYTES = 32 * 2**20
-MAX_SHARDS = 4096
-WEIGHT_DTYPES = ("BF16", "F16", "F32")
 
 _PROBLEM_CHARACTERS = 215  # what problems of tensors may take of an error line of 300
 _SAMPLE_BYTES = 1024
@@ -75,7 +79,7 @@ class Checkpoint:
             config = SalaConfig.from_hf(config_dict)
         except CheckpointError as error:
             raise CheckpointError(f"{one_line(folder, 160)}: {error.message}", error.hint) from error
-        headers = _read_headers(folder)
+        headers = read_headers(folder)
         return cls(folder, MappingProxyType(config_dict), config, [Shard(header) for header in headers])
 
     @property
@@ -129,38 +133,41 @@ class Checkpoint:
         """Stored dtype of a tensor. Raises: KeyError for a name that is not stored."""
         return TORCH_DTYPES[self._entry(name).dtype]
 
-    def problems(self) -> TensorProblems:
-        """Compares the stored tensors with what the config asks for."""
+    def problems(self, expected: Mapping[str, TensorSpec] | None = None) -> TensorProblems:
+        """Compares the stored tensors with what is expected: None for what the config asks for, unquantized."""
         entries = self._entries()
-        expected = expected_tensors(self.config)
+        if expected is None:
+            expected = {name: TensorSpec(shape) for name, shape in expected_tensors(self.config).items()}
         ignored = ignored_tensors(self.config, tuple(entries))
+        shaped = {name: TensorSpec(shape) for name, shape in ignored.items() if shape is not None}
         misshapen = []
-        for name, shape in {**expected, **ignored}.items():
+        for name, spec in {**expected, **shaped}.items():
             entry = entries.get(name)
-            if entry is None or shape is None:
+            if entry is None:
                 continue
-            if entry.shape != shape:
-                misshapen.append(f"{name} {_shown_shape(entry.shape)}, not {_shown_shape(shape)}")
-            elif entry.dtype not in WEIGHT_DTYPES:
-                misshapen.append(f"{name} {entry.dtype}, not {'/'.join(WEIGHT_DTYPES)}")
+            if entry.shape != spec.shape:
+                misshapen.append(f"{name} {_shown_shape(entry.shape)}, not {_shown_shape(spec.shape)}")
+            elif entry.dtype not in spec.dtypes:
+                misshapen.append(f"{name} {entry.dtype}, not {'/'.join(spec.dtypes)}")
         return TensorProblems(
             unknown=tuple(name for name in entries if name not in expected and name not in ignored),
             missing=tuple(name for name in expected if name not in entries),
             misshapen=tuple(misshapen),
         )
 
-    def validate(self) -> None:
-        """Checks that this is a whole model in a format that can be computed with.
+    def validate(self, expected: Mapping[str, TensorSpec] | None = None) -> None:
+        """Checks that this is a whole model: one in bf16, fp16 or fp32, or one that holds the `expected` tensors.
 
+        What a quantized folder should hold is known by its weight format, not here: `quant.weight_layout` says it.
         Raises: CheckpointError that names unknown, missing and misshapen tensors, or the quantization.
         """
-        if self.config.quantization_config is not None:
+        if expected is None and self.config.quantization_config is not None:
             method = one_line(self.config.quantization_config.get("quant_method", "unknown"), 30)
             raise CheckpointError(
-                f"{one_line(self.folder, 160)}: quantized ({method}), only bf16, fp16 and fp32 weights can be read",
+                f"{one_line(self.folder, 160)}: quantized ({method}), needed are bf16, fp16 or fp32 weights",
                 "use the model's unquantized folder",
             )
-        problems = self.problems()
+        problems = self.problems(expected)
         if problems:
             raise CheckpointError(f"{one_line(self.folder, 50)}: tensors do not fit config.json: {problems}")
 
@@ -169,56 +176,6 @@ class Checkpoint:
 
     def _entries(self) -> dict[str, TensorEntry]:
         return {name: shard.header.entries[name] for name, shard in self._shard_of.items()}
-
-
-def _read_headers(folder: Path) -> list[Header]:
-    if (folder / SINGLE_FILE).exists():
-        return [read_header(folder / SINGLE_FILE)]
-    index_path = folder / INDEX_FILE
-    if not index_path.exists():
-        pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-        reason = f"only pickled weights ({pickled[0]}), which are never loaded" if pickled else "no weights here"
-        raise CheckpointError(
-            f"{one_line(folder, 160)}: {reason}", f"a model folder holds {SINGLE_FILE}, or {INDEX_FILE} and its files"
-        )
-    weight_map = _weight_map(index_path)
-    headers = [read_header(folder / file) for file in sorted(set(weight_map.values()))]
-    _check_index(weight_map, headers, one_line(index_path, 160))
-    return headers
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    where = one_line(path, 160)
-    index = read_json_file(path, MAX_INDEX_BYTES)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{where}: weight_map should be an object that names a file for every tensor")
-    files: set[object] = set()
-    for file in weight_map.values():
-        if not isinstance(file, str) or not _is_plain_shard_name(file):
-            raise CheckpointError(f"{where}: '{one_line(file)}' is not a plain name of a .safetensors file")
-        files.add(file)
-    if len(files) > MAX_SHARDS:
-        raise CheckpointError(f"{where}: {len(files):,} files, the limit is {MAX_SHARDS:,}")
-    if len({str(file).casefold() for file in files}) < len(files):
-        raise CheckpointError(f"{where}: file names that differ in upper and lower case only")
-    return weight_map
-
-
-def _is_plain_shard_name(name: str) -> bool:
-    """Whether a name can only lead to a file right in the model folder, on every operating system."""
-    plain = all(c.isascii() and (c.isalnum() or c in "._-") for c in name)
-    return plain and name.endswith(".safetensors") and name[0].isalnum() and len(name) <= 128
-
-
-def _check_index(weight_map: dict[str, str], headers: list[Header], where: str) -> None:
-    listed = set(weight_map.items())
-    stored = {(name, header.path.name) for header in headers for name in header.entries}
-    for found, reason in ((listed - stored, "is listed but not stored"), (stored - listed, "is stored but not listed")):
-        if found:
-            name, file = min(found)
-            more = f" ({len(found) - 1:,} more)" if len(found) > 1 else ""
-            raise CheckpointError(f"{where}: tensor '{one_line(name)}' {reason} in {file}{more}")
 
 
 def _first_few(names: tuple[str, ...], limit: int) -> str:

@@ -3,6 +3,8 @@
 No torch here. Source: specification of MiniCPM-SALA, section 3.
 """
 
+from dataclasses import dataclass
+
 from salalocal.model.config import LIGHTNING, SPARSE, SalaConfig
 
 CONFIG_FILE = "config.json"
@@ -12,7 +14,17 @@ INDEX_FILE = "model.safetensors.index.json"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
+WEIGHT_DTYPES = ("BF16", "F16", "F32")
+
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a stored tensor must be; dtypes are spelled as in safetensors."""
+
+    shape: Shape
+    dtypes: tuple[str, ...] = WEIGHT_DTYPES
 
 
 def expected_tensors(config: SalaConfig) -> dict[str, Shape]:

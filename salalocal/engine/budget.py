@@ -25,8 +25,8 @@ _INT4_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 
 class WeightFormat(Enum):
-    """How weights are stored; `INT4` is GPTQ v1 with groups of 128 in the attention and MLP projections, bf16
-    elsewhere."""
+    """How weights are stored; `INT4` is what a quantized folder holds, and if there is none GPTQ v1 with groups of
+    128 in the attention and MLP projections, bf16 elsewhere."""
 
     BF16 = "bf16"
     FP16 = "fp16"
@@ -45,12 +45,16 @@ class CacheFormat(Enum):
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What besides the model and the context decides about memory. Units: chunk_size in tokens."""
+    """What besides the model and the context decides about memory. Units: chunk_size in tokens.
+
+    `int4_bytes` are the bytes of `INT4` weights where a quantized folder is there to count them; None: by formula.
+    """
 
     weights: WeightFormat = WeightFormat.BF16
     cache: CacheFormat = CacheFormat.BF16
     chunk_size: int = 512
     is_cuda: bool = True
+    int4_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ def plan_memory(config: SalaConfig, num_tokens: int, options: PlanOptions | None
     pooled_row = num_sparse * sparse.num_key_value_heads * sparse.head_dim * _pooled_width(options.cache)
     return MemoryPlan(
         num_tokens=num_tokens,
-        weight_bytes=weight_bytes(config, options.weights),
+        weight_bytes=_weight_bytes(config, options),
         kv_bytes=num_tokens
         * 2
         * num_sparse
@@ -156,6 +160,12 @@ def weight_bytes(config: SalaConfig, weights: WeightFormat) -> int:
     return config.num_parameters * (4 if weights is WeightFormat.FP32 else 2)
 
 
+def _weight_bytes(config: SalaConfig, options: PlanOptions) -> int:
+    if options.weights is WeightFormat.INT4 and options.int4_bytes is not None:
+        return options.int4_bytes
+    return weight_bytes(config, options.weights)
+
+
 def _int4_bytes(name: str, shape: tuple[int, ...]) -> int:
     if name.split(".")[-2] not in _INT4_MODULES:
         return 2 * math.prod(shape)
@@ -181,7 +191,8 @@ def _lightning_bytes(config: SalaConfig) -> int:
 def _activation_bytes(config: SalaConfig, num_tokens: int, options: PlanOptions) -> int:
     """The largest set of temporary tensors: the residual stream, and the MLP or one mixer, whichever is larger."""
     rows = min(options.chunk_size, max(1, num_tokens))
-    item = 4 if options.weights is WeightFormat.FP32 else 2
+    # The cache is in the dtype of the activations, unless it is quantized.
+    item = 4 if options.weights is WeightFormat.FP32 or options.cache is CacheFormat.FP32 else 2
     mixers = {
         SPARSE: _sparse_work_bytes(config, num_tokens, rows, item),
         LIGHTNING: _lightning_work_bytes(config, rows, item),

@@ -1,17 +1,22 @@
 """Loading: an opened Checkpoint comes in, a SalaModel with its weights on a device goes out; for the runtime.
 
 The model is made without memory and gets its tensors one by one. On a CPU a tensor in its stored dtype stays mapped
-from the file; any other is one cast or one copy, so a load never holds more than the model and one tensor.
+from the file; any other is one cast or one copy, so a load never holds more than the model and one tensor. What the
+folder holds quantized stays quantized.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
 
 from salalocal.checkpoint.checkpoint import Checkpoint
-from salalocal.checkpoint.names import expected_tensors
 from salalocal.device import device_memory
 from salalocal.errors import MemoryBudgetError
 from salalocal.model.sala import SalaModel
+from salalocal.quant import weight_layout
+from salalocal.quant.layout import WeightLayout
+from salalocal.quant.linear import QuantizedLinearFactory, quantized_bytes
 
 # Up to here a CPU computes in float32, which is several times faster there than bfloat16 for more than a few rows.
 MAX_DEFAULT_FLOAT32_BYTES = 4 * 2**30
@@ -30,20 +35,31 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype 
 
     Raises: CheckpointError if the checkpoint does not hold exactly this model; MemoryBudgetError if it cannot fit.
     """
-    checkpoint.validate()
+    layout = weight_layout(checkpoint)
     dtype = dtype or default_dtype(checkpoint, device)
-    _check_memory(checkpoint, device, dtype)
-    model = SalaModel(checkpoint.config, device="meta", dtype=dtype)
-    for name in expected_tensors(checkpoint.config):
+    _check_memory(checkpoint, layout, device, dtype)
+    model = SalaModel(checkpoint.config, QuantizedLinearFactory(layout, device, dtype), device="meta", dtype=dtype)
+    for name in layout.dense:
         _assign(model, name, checkpoint.tensor(name).to(device=device, dtype=dtype))
     return model.eval()
 
 
-def _check_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-    sizes = {name: checkpoint.dtype(name) for name in expected_tensors(checkpoint.config)}
+def weight_bytes(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes of all weights once they are loaded, mapped ones too; of quantized matrices at most so many.
+
+    Raises: CheckpointError as `load_model`.
+    """
+    layout = weight_layout(checkpoint)
+    dense = sum(math.prod(spec.shape) for spec in layout.dense.values()) * dtype.itemsize
+    return dense + quantized_bytes(layout, device, dtype)
+
+
+def _check_memory(checkpoint: Checkpoint, layout: WeightLayout, device: torch.device, dtype: torch.dtype) -> None:
+    sizes = {name: checkpoint.dtype(name) for name in layout.dense}
     if device.type == "cpu":
         sizes = {name: stored for name, stored in sizes.items() if stored != dtype}  # the others stay in the file
-    needed = sum(torch.Size(checkpoint.shape(name)).numel() for name in sizes) * dtype.itemsize
+    needed = sum(math.prod(checkpoint.shape(name)) for name in sizes) * dtype.itemsize
+    needed += quantized_bytes(layout, device, dtype)
     free = device_memory(device).free_bytes
     if needed > free:
         raise MemoryBudgetError(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from salalocal.checkpoint.folder import stored_bytes
 from salalocal.checkpoint.hub import resolve_model
 from salalocal.engine.budget import (
     MAX_CONTEXT_TOKENS,
@@ -73,30 +74,32 @@ def plan_model(settings: Settings, flags: PlanFlags, tell: Callable[[str], None]
     Raises: HubError, CheckpointError, RequestError, BackendError.
     """
     tell(model_choice(settings))
-    config = _find_config(settings.model, tell)
+    config, int4_bytes = _find_model(settings.model, tell)
     memory_bytes, is_cuda = flags.memory_bytes, True
     if memory_bytes is None:
         memory_bytes, is_cuda = _memory_here(settings.device)
         tell(f"memory: {memory_bytes:,} bytes are free on this {'card' if is_cuda else 'machine (no card is used)'}")
-    weights = WeightFormat(_word("--weights", flags.weights or _WEIGHTS[config.dtype], WeightFormat))
+    stored = _WEIGHTS[config.dtype] if int4_bytes is None else WeightFormat.INT4.value
+    weights = WeightFormat(_word("--weights", flags.weights or stored, WeightFormat))
     default_cache = "fp32" if weights is WeightFormat.FP32 else "bf16"
     cache = CacheFormat(_word("--kv-cache", flags.cache or default_cache, CacheFormat))
-    if weights is WeightFormat.INT4 or cache is CacheFormat.INT8:
-        tell("int4 weights and int8 caches are planned for, but this version cannot make or load them yet")
-    return make_plan(
-        config, PlanRequest(settings.model, flags.ctx, memory_bytes, PlanOptions(weights, cache, is_cuda=is_cuda))
-    )
+    if cache is CacheFormat.INT8:
+        tell("int8 caches are planned for, but this version cannot make them yet")
+    options = PlanOptions(weights, cache, is_cuda=is_cuda, int4_bytes=int4_bytes)
+    return make_plan(config, PlanRequest(settings.model, flags.ctx, memory_bytes, options))
 
 
-def _find_config(model: str, tell: Callable[[str], None]) -> SalaConfig:
+def _find_model(model: str, tell: Callable[[str], None]) -> tuple[SalaConfig, int | None]:
+    """The shape of a model, and the bytes of its weights if they are quantized."""
     try:
         folder = resolve_model(model)
     except HubError:
         if model != RELEASED_MODEL:
             raise
         tell(f"{model} is not on this machine: this plan is for its released shape")
-        return SalaConfig.released()
-    return read_config(folder)
+        return SalaConfig.released(), None
+    config = read_config(folder)
+    return config, None if config.quantization_config is None else stored_bytes(folder)
 
 
 def _memory_here(device_name: str | None) -> tuple[int, bool]:

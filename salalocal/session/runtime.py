@@ -1,7 +1,7 @@
 """A model opened once: config, tokenizer, template and engine; for programs (`salalocal.load`), sessions and cli."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from salalocal.checkpoint.hub import BUILTIN, resolve_model
 from salalocal.device import device_memory, pick_device
 from salalocal.engine.budget import CacheFormat, PlanOptions, WeightFormat, check_fits, plan_memory
 from salalocal.engine.engine import Engine, EngineConfig
-from salalocal.engine.load import default_dtype, load_model
+from salalocal.engine.load import default_dtype, load_model, weight_bytes
 from salalocal.engine.sampling import SamplingParams
 from salalocal.errors import CheckpointError, ContextError, RequestError
 from salalocal.model.config import SalaConfig
@@ -170,6 +170,9 @@ def open_runtime(folder: Path, name: str, options: LoadOptions, codec: TextCodec
         )
     dtype = wanted or default_dtype(checkpoint, device)
     plan_options = PlanOptions(*_FORMATS[dtype], engine_config.chunk_size, device.type == "cuda")
+    if checkpoint.config.quantization_config is not None:
+        loaded_bytes = weight_bytes(checkpoint, device, dtype)
+        plan_options = replace(plan_options, weights=WeightFormat.INT4, int4_bytes=loaded_bytes)
     check_fits(plan_memory(checkpoint.config, options.num_tokens, plan_options), device_memory(device).free_bytes)
     with naming_memory_errors("loading the weights"):
         engine = Engine(load_model(checkpoint, device, dtype), engine_config)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_cases import random_tensors, small_config, written
+from quantized_cases import GROUPS_OF_16, gptq_record, projections, quantized_tensors, written_quantized
 
 from salalocal.checkpoint.checkpoint import Checkpoint
 from salalocal.checkpoint.names import expected_tensors
@@ -15,10 +16,11 @@ from salalocal.checkpoint.writer import write_checkpoint
 from salalocal.device import DeviceMemory
 from salalocal.engine import load as load_module
 from salalocal.engine.engine import Engine
-from salalocal.engine.load import MAX_DEFAULT_FLOAT32_BYTES, default_dtype, load_model
+from salalocal.engine.load import MAX_DEFAULT_FLOAT32_BYTES, default_dtype, load_model, weight_bytes
 from salalocal.errors import CheckpointError, MemoryBudgetError
 from salalocal.model.config import SalaConfig
 from salalocal.model.sala import SalaModel
+from salalocal.quant.linear import QuantizedLinear
 
 CPU = torch.device("cpu")
 
@@ -147,3 +149,35 @@ def test_loading_takes_no_more_memory_than_the_checkpoint(tmp_path: Path) -> Non
         loaded, run = map(int, done.stdout.split())
         print(f"{dtype}: checkpoint {size:,}, loading {loaded:,}, with a prefill {run:,} bytes of anonymous memory")
         assert loaded <= allowed_load and run <= allowed_run
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+def test_a_quantized_folder_computes_what_its_codes_mean(
+    tmp_path: Path, seed: int, tied: bool, dtype: torch.dtype, tolerance: float
+) -> None:
+    config = small_config(tied)
+    stored, dense = quantized_tensors(random_tensors(config, seed), projections)
+    folder = written_quantized(tmp_path, config, stored, gptq_record(GROUPS_OF_16))
+    model = load_model(Checkpoint.open(folder), CPU, dtype)
+    assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 4 * 7
+    assert model.dtype == dtype and not any(parameter.is_meta for parameter in model.parameters())
+
+    plain = SalaModel(config, dtype=torch.float32)
+    plain.load_state_dict(dense)
+    ids = list(range(90))
+    logits, exact = Engine(model).logits(ids), Engine(plain).logits(ids)
+    assert (logits - exact).norm() / exact.norm() < tolerance
+
+
+def test_a_quantized_folder_needs_its_packed_bytes_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(hidden_size=256, intermediate_size=512)
+    stored, _ = quantized_tensors(random_tensors(config, 1), projections)
+    checkpoint = Checkpoint.open(written_quantized(tmp_path, config, stored, gptq_record(GROUPS_OF_16)))
+    assert default_dtype(checkpoint, CPU) == torch.float32
+    needed = weight_bytes(checkpoint, CPU, torch.float32)
+    # Scales are counted with four bytes, though stored in two, and zero points are not kept.
+    assert checkpoint.num_bytes <= needed < 1.25 * checkpoint.num_bytes < 4 * config.num_parameters
+    monkeypatch.setattr(load_module, "device_memory", lambda device: DeviceMemory(total_bytes=2**40, free_bytes=1000))
+    with pytest.raises(MemoryBudgetError):
+        load_model(checkpoint, CPU)

@@ -1,0 +1,267 @@
+"""The folder of a quantization under way: finished steps in, a model folder out; for the quantizer.
+
+It stands beside the place of the result, under its name with `.quantizing` behind. Every step is one shard under its
+last name; `job.json` says which are done, with their sha256. A file is written under another name, synced and renamed,
+so a kill at any moment costs the step in progress and nothing else. The finished folder is renamed as a whole.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from salalocal.checkpoint.names import CONFIG_FILE, INDEX_FILE
+from salalocal.checkpoint.strict_json import one_line, read_json_file
+from salalocal.errors import BusyError, CheckpointError, RequestError
+
+CARD_FILE = "quantization_card.json"
+JOB_FILE = "job.json"
+
+_FOLDER_SUFFIX = ".quantizing"
+_BESIDE = ".writing"
+_MAX_JSON_BYTES = 64 * 2**20
+_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "NOTICE*", "README*")
+_NOT_COMPANIONS = (CONFIG_FILE, INDEX_FILE, JOB_FILE, CARD_FILE)
+
+Record = dict[str, Any]
+
+
+class Job:
+    """An opened job; made by `open_job`."""
+
+    def __init__(self, out: Path, identity: Record, num_steps: int, entries: list[Record]) -> None:
+        self._entries = entries
+        self._out = out
+        self._folder = _folder_of(out)
+        self._identity = identity
+        self._num_steps = num_steps
+
+    @property
+    def records(self) -> list[Record]:
+        """The record of every step that is done, in their order."""
+        return [entry["record"] for entry in self._entries]
+
+    def save_step(self, tensors: Mapping[str, Tensor], record: Record, hidden: Sequence[Tensor]) -> None:
+        """Store what a step has made, and what the next one reads. Raises: CheckpointError if it cannot be written."""
+        step = len(self._entries)
+        data = save(dict(tensors), {"format": "pt"})
+        with _naming_write_errors(self._folder):
+            if hidden:
+                _write(self._folder / _hidden_name(step), save({f"{n:05}": part for n, part in enumerate(hidden)}))
+            _write(self._folder / self._shard_name(step), data)
+            entry = {
+                "record": record,
+                "num_bytes": len(data),
+                "sha256": hashlib.sha256(data).hexdigest(),
+                "tensors": {name: tensor.nbytes for name, tensor in tensors.items()},
+            }
+            self._entries.append(entry)
+            _write_json(self._folder / JOB_FILE, {"identity": self._identity, "steps": self._entries})
+            if step:
+                (self._folder / _hidden_name(step - 1)).unlink(missing_ok=True)
+
+    def load_hidden(self) -> list[Tensor]:
+        """What the next step reads. Raises: CheckpointError if the file is damaged or gone."""
+        path = self._folder / _hidden_name(len(self._entries) - 1)
+        try:
+            return [part for _, part in sorted(load_file(path).items())]
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{one_line(path, 160)}: cannot be read: {error}", f"delete {self._folder} and start again"
+            ) from error
+
+    def finish(self, source: Path, config_dict: Mapping[str, Any], card: Record) -> Record:
+        """Complete the folder, give it its name, and give back the card with the job's identity.
+
+        Raises: CheckpointError if it cannot be written.
+        """
+        card = {"identity": self._identity, **card}
+        with _naming_write_errors(self._folder):
+            for path in _companions(source):
+                _write(self._folder / path.name, path.read_bytes())
+            _write_json(self._folder / INDEX_FILE, self._index())
+            _write_json(self._folder / CARD_FILE, card)
+            _write_json(self._folder / CONFIG_FILE, config_dict)
+            for path in self._folder.glob(_hidden_name("*")):
+                path.unlink(missing_ok=True)
+            (self._folder / JOB_FILE).unlink(missing_ok=True)
+            _sync_folder(self._folder)
+            _give_name(self._folder, self._out)
+        return card
+
+    def _index(self) -> Record:
+        weight_map = {
+            name: self._shard_name(step) for step, entry in enumerate(self._entries) for name in entry["tensors"]
+        }
+        total = sum(num_bytes for entry in self._entries for num_bytes in entry["tensors"].values())
+        return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+    def _shard_name(self, step: int) -> str:
+        return _shard_name(step, self._num_steps)
+
+
+@contextmanager
+def open_job(out: Path, identity: Record, num_steps: int) -> Iterator[Job]:
+    """Begin a job for a result at `out`, or go on with it; nobody else can while the context is open.
+
+    Raises: RequestError if something else stands at `out` or another job in its folder; BusyError if another process
+    is at it; CheckpointError for a damaged folder or one that cannot be written.
+    """
+    folder = _folder_of(out)
+    with _naming_write_errors(folder):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise RequestError(f"{one_line(out, 160)} exists", "name another --out, or delete it")
+        folder.mkdir(parents=True, exist_ok=True)
+    with _only_one(folder):
+        for path in folder.glob(f"{_BESIDE}*"):
+            path.unlink(missing_ok=True)
+        yield Job(out, identity, num_steps, _done_steps(folder, identity, num_steps))
+
+
+def finished_card(out: Path, identity: Record) -> Record | None:
+    """The card of a result that this very job has left at `out`, if it has; finishes a job that lacks its name only.
+
+    Raises: CheckpointError if the folder cannot be renamed.
+    """
+    folder = _folder_of(out)
+    if not (folder / JOB_FILE).exists() and _card(folder, identity) is not None and not out.exists():
+        with _only_one(folder), _naming_write_errors(folder):
+            _give_name(folder, out)
+    return _card(out, identity)
+
+
+def free_bytes(out: Path) -> int:
+    """Free space where the result of a job will stand."""
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def _folder_of(out: Path) -> Path:
+    return out.with_name(out.name + _FOLDER_SUFFIX)
+
+
+def _shard_name(step: int, num_steps: int) -> str:
+    return f"model-{step + 1:05}-of-{num_steps:05}.safetensors"
+
+
+def _hidden_name(step: int | str) -> str:
+    return f"hidden-{step}.safetensors"
+
+
+def _done_steps(folder: Path, identity: Record, num_steps: int) -> list[Record]:
+    path = folder / JOB_FILE
+    if not path.exists():
+        return []
+    job = read_json_file(path, _MAX_JSON_BYTES)
+    if job.get("identity") != identity:
+        raise RequestError(
+            f"{one_line(folder, 160)}: an unfinished quantization of another model or with other options",
+            "repeat it as it was begun, name another --out, or delete that folder",
+        )
+    steps = job.get("steps")
+    if not isinstance(steps, list) or len(steps) > num_steps or not all(map(_is_entry, steps)):
+        raise CheckpointError(f"{one_line(path, 160)}: damaged", "delete the folder and start again")
+    for step, entry in enumerate(steps):
+        shard = folder / _shard_name(step, num_steps)
+        if not shard.is_file() or shard.stat().st_size != entry["num_bytes"] or _sha256(shard) != entry["sha256"]:
+            raise CheckpointError(
+                f"{one_line(shard, 160)}: not as it was written", f"delete {folder.name} and start again"
+            )
+    return steps
+
+
+def _is_entry(value: object) -> bool:
+    kinds = {"record": dict, "num_bytes": int, "sha256": str, "tensors": dict}
+    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
+
+
+def _card(folder: Path, identity: Record) -> Record | None:
+    if not ((folder / CARD_FILE).is_file() and (folder / CONFIG_FILE).is_file()):
+        return None
+    card = read_json_file(folder / CARD_FILE, _MAX_JSON_BYTES)
+    return card if card.get("identity") == identity else None
+
+
+def _companions(source: Path) -> list[Path]:
+    """Tokenizer, template, legal files and the code that other engines need: what a quantized copy keeps."""
+    found = {path for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if path.name not in _NOT_COMPANIONS)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    _write(path, (json.dumps(dict(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    beside = path.with_name(f"{_BESIDE}-{path.name}")
+    with beside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    _sync_folder(path.parent)
+
+
+def _give_name(folder: Path, out: Path) -> None:
+    if out.exists():
+        out.rmdir()  # empty, or it would have been refused
+    folder.rename(out)
+    _sync_folder(out.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes renames in a folder durable, where the system can sync folders."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Locks the folder against other processes, where the system can; the end of the process unlocks it."""
+    if os.name == "nt":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BusyError(f"{one_line(folder, 160)}: another process quantizes into it", "let it finish") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _naming_write_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        with suppress(OSError):
+            for path in folder.glob(f"{_BESIDE}*"):
+                path.unlink(missing_ok=True)
+        hint = "make room and run the command again: it goes on where it stopped" if error.errno == errno.ENOSPC else ""
+        raise CheckpointError(f"{one_line(folder, 160)}: cannot write: {error.strerror or error}", hint) from error
