@@ -263,6 +263,47 @@ def plan(
         raise typer.Exit(3)
 
 
+@app.command()
+def quantize(
+    *,
+    model: ModelName = None,
+    bits: Annotated[int, typer.Option(metavar="N", help="4 or 8.")] = 4,
+    method: Annotated[str, typer.Option(metavar="NAME", help="rtn, or gptq, which needs --calibration.")] = "rtn",
+    group_size: Annotated[
+        int, typer.Option(metavar="N", help="Weights that share a scale: 128, 64, 32 or less.")
+    ] = 128,
+    sensitive: Annotated[int, typer.Option(metavar="N", help="Bits of q, k and v of the sparse layers.")] = 4,
+    out: Annotated[Path | None, typer.Option(metavar="PATH", help="Folder to make; else among your data.")] = None,
+    calibration: Annotated[
+        list[str] | None, typer.Option(metavar="PATH", help="Text for gptq: file, folder or archive. Repeatable.")
+    ] = None,
+    calibration_tokens: Annotated[str, typer.Option(metavar="N", help="Most of its tokens to use.")] = "128k",
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a 4-bit copy of a model.
+
+    Reads and writes one layer at a time, so the model may be larger than memory. A run that was
+    stopped goes on where it was when the same command is given again.
+    """
+    from salalocal.quant.recipe import QuantizeOptions
+    from salalocal.session.quantizing import QuantizeRequest, quantize_model
+    from salalocal.session.start import Sources
+    from salalocal.terminal.console import make_terminal
+    from salalocal.terminal.quantize_view import QuantizeView, card_json, card_lines
+
+    settings, terminal = load_settings({"model": model}), make_terminal(quiet)
+    options = QuantizeOptions(method, bits, group_size, sensitive)
+    texts = Sources(tuple(calibration or ()), "path", stdin=sys.stdin.buffer)
+    request = QuantizeRequest(options, out, texts, parse_tokens(calibration_tokens))
+    with closing(QuantizeView(terminal)) as view:
+        made = quantize_model(settings, request, view.show, terminal.tell)
+    if json_:
+        _write_json(card_json(made))
+    else:
+        terminal.write("".join(f"{line}\n" for line in card_lines(made)))
+
+
 def _write_json(document: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(document, indent=2) + "\n")
 

@@ -17,7 +17,7 @@ from salalocal.settings import READERS
 from salalocal.terminal.exits import run
 
 GOLDEN = Path(__file__).parent / "golden"
-COMMANDS = ("chat", "ask", "tokens", "plan")
+COMMANDS = ("chat", "ask", "tokens", "plan", "quantize")
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +104,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["ask", "what?", "--model", "nobody/nothing"], 5, "hf download nobody/nothing"),
         (["plan", "openbmb/MiniCPM-SALA", "--ctx", "1m", "--gpu-memory", "8g"], 3, "does not fit"),
         (["plan", "openbmb/MiniCPM-SALA", "--gpu-memory", "much"], 2, "much"),
+        (["quantize", "--bits", "3"], 2, "4, 8"),
+        (["quantize", "--method", "gptq", "--group-size", "8"], 2, "--calibration"),
+        (["quantize", "--calibration", "missing.txt"], 4, "missing.txt"),
         (["ask", "what?", "--device", "cuda:99"], 6, "cuda"),
     ],
 )
@@ -215,6 +218,23 @@ def test_sampling_flags_reach_the_model(folder: Path, capsys: pytest.CaptureFixt
         answers.append(json.loads(capsys.readouterr().out)["answer"])
     assert answers[0] == answers[1] != answers[2]
     assert ask(folder, "what?", "--stop", "", "--json") == 2
+
+
+def test_quantize_makes_a_model_that_answers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = folder / "small"
+    arguments = ["quantize", "--bits", "4", "--model", str(folder / "model"), "--group-size", "8", "--out", str(out)]
+    gptq = ["--method", "gptq", "--calibration", str(folder / "docs")]
+    assert run(app, [*arguments, *gptq]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("gptq, 4 bits, groups of 8\n") and f"result: {out}" in captured.err
+    assert "calibration: " in captured.err and "skipped" in captured.err
+    assert run(app, ["ask", "--model", str(out), "--max-tokens", "4", "-f", str(folder / "docs"), "what?"]) == 0
+    capsys.readouterr()
+    assert run(app, [*arguments, *gptq, "--json", "--quiet"]) == 0  # done already
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["folder"] == str(out) and captured.err == ""
+    assert run(app, arguments) == 2
+    assert "exists" in capsys.readouterr().err
 
 
 def test_a_reader_that_goes_away_is_no_error(folder: Path) -> None:
