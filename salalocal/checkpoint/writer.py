@@ -7,9 +7,7 @@ yet), no model, or the whole new one, never a mixture. The same input gives the 
 """
 
 import json
-import os
-import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,13 +18,13 @@ from torch import Tensor
 from salalocal.checkpoint.names import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from salalocal.checkpoint.shard import TORCH_DTYPES
 from salalocal.checkpoint.strict_json import one_line
+from salalocal.durable import remove_strays, sync_folder, write_beside
 from salalocal.errors import CheckpointError
 
 DEFAULT_SHARD_BYTES = 2 * 2**30
 
 _SPELLINGS = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _ALIGNMENT = 8
-_TEMPORARY = ".writing-"
 _Tensors = list[tuple[str, Tensor]]
 
 
@@ -48,10 +46,10 @@ def write_checkpoint(
     pending: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_strays(folder)
+        remove_strays(folder)
         tables: list[dict[str, int]] = []
         for shard in _in_shards(tensors, max_shard_bytes):
-            pending.append(_write_beside(folder, partial(_write_shard, tensors=shard)))
+            pending.append(write_beside(folder, partial(_write_shard, tensors=shard)))
             tables.append({name: tensor.nbytes for name, tensor in shard})
         _publish(folder, config_dict, tables, pending)
     except OSError as error:
@@ -107,17 +105,17 @@ def _publish(folder: Path, config_dict: Mapping[str, Any], tables: list[dict[str
             "metadata": {"total_size": sum(sum(table.values()) for table in tables)},
             "weight_map": {name: file for file, table in zip(names, tables, strict=True) for name in table},
         }
-        pending.append(_write_beside(folder, lambda file: file.write(_json_bytes(index))))
+        pending.append(write_beside(folder, lambda file: file.write(_json_bytes(index))))
         places[pending[-1]] = INDEX_FILE
-    pending.append(_write_beside(folder, lambda file: file.write(_json_bytes(dict(config_dict)))))
+    pending.append(write_beside(folder, lambda file: file.write(_json_bytes(dict(config_dict)))))
     config = pending[-1]
     _remove_old_model(folder)
     for temporary, name in places.items():
         temporary.replace(folder / name)
-    _sync_folder(folder)
+    sync_folder(folder)
     config.replace(folder / CONFIG_FILE)
-    _sync_folder(folder)
-    _sync_folder(folder.parent)
+    sync_folder(folder)
+    sync_folder(folder.parent)
     pending.clear()
 
 
@@ -137,41 +135,10 @@ def _remove_old_model(folder: Path) -> None:
     ]
     if any(path.exists() for path in old):
         old[0].unlink(missing_ok=True)
-        _sync_folder(folder)
+        sync_folder(folder)
         for path in old[1:]:
             path.unlink(missing_ok=True)
 
 
-def _remove_strays(folder: Path) -> None:
-    """Takes away what a killed writer left; two writers at once on one folder are a mistake, and one of them fails."""
-    for path in folder.glob(f"{_TEMPORARY}*"):
-        path.unlink(missing_ok=True)
-
-
-def _write_beside(folder: Path, write: Callable[[BinaryIO], object]) -> Path:
-    """Writes and syncs a new hidden file in the folder and returns its path."""
-    path = folder / f"{_TEMPORARY}{secrets.token_hex(8)}"
-    try:
-        with path.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    return path
-
-
 def _json_bytes(value: object) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes renames in a folder durable, where the system can sync folders."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from salalocal.durable import sync_folder
 from salalocal.errors import StateError
 
 _ROWS_AT_A_TIME = 64
@@ -347,17 +348,16 @@ def _write_durably(path: Path, tensors: dict[str, Tensor], header: dict[str, str
     os.close(handle)
     try:
         save_file(tensors, name, header)
-        _sync(Path(name))
+        _sync_file(Path(name))
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    if hasattr(os, "O_DIRECTORY"):
-        _sync(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+def _sync_file(path: Path) -> None:
+    handle = os.open(path, os.O_RDWR)
     try:
         os.fsync(handle)
     finally:

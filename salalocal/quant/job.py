@@ -21,13 +21,13 @@ from torch import Tensor
 
 from salalocal.checkpoint.names import CONFIG_FILE, INDEX_FILE
 from salalocal.checkpoint.strict_json import one_line, read_json_file
+from salalocal.durable import remove_strays, replace_file, sync_folder
 from salalocal.errors import BusyError, CheckpointError, RequestError
 
 CARD_FILE = "quantization_card.json"
 JOB_FILE = "job.json"
 
 _FOLDER_SUFFIX = ".quantizing"
-_BESIDE = ".writing"
 _MAX_JSON_BYTES = 64 * 2**20
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "NOTICE*", "README*")
 _NOT_COMPANIONS = (CONFIG_FILE, INDEX_FILE, JOB_FILE, CARD_FILE)
@@ -94,7 +94,7 @@ class Job:
             for path in self._folder.glob(_hidden_name("*")):
                 path.unlink(missing_ok=True)
             (self._folder / JOB_FILE).unlink(missing_ok=True)
-            _sync_folder(self._folder)
+            sync_folder(self._folder)
             _give_name(self._folder, self._out)
         return card
 
@@ -122,8 +122,7 @@ def open_job(out: Path, identity: Record, num_steps: int) -> Iterator[Job]:
             raise RequestError(f"{one_line(out, 160)} exists", "name another --out, or delete it")
         folder.mkdir(parents=True, exist_ok=True)
     with _only_one(folder):
-        for path in folder.glob(f"{_BESIDE}*"):
-            path.unlink(missing_ok=True)
+        remove_strays(folder)
         yield Job(out, identity, num_steps, _done_steps(folder, identity, num_steps))
 
 
@@ -209,31 +208,14 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    beside = path.with_name(f"{_BESIDE}-{path.name}")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    _sync_folder(path.parent)
+    replace_file(path, lambda file: file.write(data))
 
 
 def _give_name(folder: Path, out: Path) -> None:
     if out.exists():
         out.rmdir()  # empty, or it would have been refused
     folder.rename(out)
-    _sync_folder(out.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes renames in a folder durable, where the system can sync folders."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(out.parent)
 
 
 @contextmanager
@@ -261,7 +243,6 @@ def _naming_write_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         with suppress(OSError):
-            for path in folder.glob(f"{_BESIDE}*"):
-                path.unlink(missing_ok=True)
+            remove_strays(folder)
         hint = "make room and run the command again: it goes on where it stopped" if error.errno == errno.ENOSPC else ""
         raise CheckpointError(f"{one_line(folder, 160)}: cannot write: {error.strerror or error}", hint) from error
