@@ -22,7 +22,7 @@ from salalocal.errors import (
 )
 
 if TYPE_CHECKING:
-    from salalocal.engine.sampling import SamplingParams
+    from salalocal.engine.sampling_params import SamplingParams
     from salalocal.prompt.pack import PromptPack
     from salalocal.prompt.sources import read_sources
     from salalocal.session.events import Event, Finish, ReadProgress, TextDelta, ThinkingDelta, Usage
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "salalocal.engine.sampling": ("SamplingParams",),
+    "salalocal.engine.sampling_params": ("SamplingParams",),
     "salalocal.prompt.pack": ("PromptPack",),
     "salalocal.prompt.sources": ("read_sources",),
     "salalocal.session.events": ("Event", "Finish", "ReadProgress", "TextDelta", "ThinkingDelta", "Usage"),

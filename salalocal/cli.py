@@ -158,12 +158,13 @@ def chat(reading: ReadFlags, model: ModelFlags, quiet: Quiet = False) -> None:
 
     settings, terminal = load_settings(model.settings()), make_terminal(quiet)
     questions = open_questions(state_folder() / "chat_history", reading.is_stdin_taken)
-    opened = open_session(settings, reading.sources(), model.stop or (), terminal.tell)
+    sources = reading.sources()
+    opened = open_session(settings, sources, model.stop or (), terminal.tell)
     from salalocal.chat.repl import run_chat
     from salalocal.terminal.chat_view import TerminalChatView
 
     with closing(TerminalChatView(terminal, questions)) as view:
-        code = run_chat(opened.session, view)
+        code = run_chat(opened.session, view, sources.limits)
     raise typer.Exit(code)
 
 

@@ -187,7 +187,7 @@ def test_ask_reads_documents_and_questions_from_stdin(
 def test_files_that_do_not_fit_are_counted_and_not_cut(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ask(folder, "-f", str(folder / "docs"), "what?", "--ctx", "64") == 4
     error, hint = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error", "hint"))]
-    assert "2 files do not fit a context of 64 tokens" in error and "notes.md" in hint
+    assert "do not fit a context of 64 tokens" in error and "in 2 files" in error and "notes.md" in hint
 
 
 def test_tokens_lists_files_and_skips(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

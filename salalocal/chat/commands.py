@@ -4,14 +4,14 @@ import dataclasses
 import difflib
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from salalocal.chat.turns import play
 from salalocal.chat.view import ChatView
-from salalocal.engine.sampling import SamplingParams
+from salalocal.engine.sampling_params import SamplingParams
 from salalocal.errors import RequestError
-from salalocal.prompt.sources import read_sources
+from salalocal.prompt.sources import PackLimits, read_sources
 from salalocal.session.events import Finish
 from salalocal.session.session import Session
 from salalocal.session.start import tell_skips
@@ -26,6 +26,7 @@ class Chat:
 
     session: Session
     view: ChatView
+    limits: PackLimits = field(default_factory=PackLimits)
     is_over: bool = False
 
     @property
@@ -86,10 +87,18 @@ def _retry(chat: Chat, _rest: str) -> bool:
 
 def _add(chat: Chat, rest: str) -> bool:
     paths = _split(rest, "/add")
-    reading = read_sources(paths)
-    tell_skips(reading, chat.view.tell)
+    if "-" in paths:
+        raise RequestError("/add cannot read standard input: the questions come from there", "/add PATH ...")
     num_before = len(chat.session.pack or ())
-    chat.session.add(reading)
+    try:
+        reading = read_sources(paths, chat.limits)
+        chat.session.add(reading)
+    except KeyboardInterrupt:
+        if not chat.view.is_interactive:
+            raise
+        chat.view.tell("stopped: nothing was added")
+        return True
+    tell_skips(reading, chat.view.tell)
     chat.view.tell(f"documents added: {len(chat.session.pack or ()) - num_before:,}")
     return read_documents(chat)
 

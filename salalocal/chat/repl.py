@@ -4,20 +4,21 @@ from salalocal.chat.commands import Chat, read_documents, run_command
 from salalocal.chat.turns import play
 from salalocal.chat.view import ChatView
 from salalocal.errors import SalaLocalError
+from salalocal.prompt.sources import PackLimits
 from salalocal.session.events import Finish
 from salalocal.session.session import Session
 
 LEFT, LEFT_BY_INTERRUPT = 0, 130
 
 
-def run_chat(session: Session, view: ChatView) -> int:
-    """Read the documents, then answer until the user leaves; gives back the exit code.
+def run_chat(session: Session, view: ChatView, limits: PackLimits | None = None) -> int:
+    """Read the documents, then answer until the user leaves; gives back the exit code. `limits` hold for /add too.
 
     Ctrl-C at the prompt leaves if it follows another one (that stopped the answer, say) with nothing in between: a
     single one that comes too late for an answer must not throw away what was read.
     Errors are shown and the chat goes on; when questions come from a pipe, the first error ends it.
     """
-    chat = Chat(session, view)
+    chat = Chat(session, view, limits or PackLimits())
     try:
         is_stopped = read_documents(chat)
         while not chat.is_over:

@@ -29,6 +29,11 @@ def resolve_model(name_or_path: str | Path, offline: bool = False) -> Path:
         return _builtin_folder()
     folder = _as_folder(name_or_path)
     if folder is not None:
+        if not (folder / CONFIG_FILE).is_file():
+            raise HubError(
+                f"{one_line(folder, 160)}: no model folder, {CONFIG_FILE} is missing",
+                "name a model folder, a hub id such as openbmb/MiniCPM-SALA, or builtin",
+            )
         return folder
     name = str(name_or_path)
     if isinstance(name_or_path, Path) or not is_hub_id(name):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from salalocal.device import device_memory
 from salalocal.engine.prefill import CancelCheck, ProgressCallback, as_ids, read_chunks
-from salalocal.engine.sampling import RepetitionGuard, Sampler, SamplingParams, check_finite
+from salalocal.engine.sampling import RepetitionGuard, Sampler, check_finite
+from salalocal.engine.sampling_params import SamplingParams
 from salalocal.errors import MemoryBudgetError, RequestError
 from salalocal.model.sala import SalaModel, SwitchRule
 from salalocal.model.state import ModelState

@@ -122,7 +122,7 @@ class GrowingRows:
         end = self._num_rows + rows.shape[1]
         if torch.is_grad_enabled() and (rows.requires_grad or self._buffer.rows.requires_grad):
             kept = self._buffer.rows[:, :, : self._num_rows]
-            self._hold(torch.cat((kept, rows.transpose(1, 2)), dim=2))
+            self._move_to(_Buffer(torch.cat((kept, rows.transpose(1, 2)), dim=2)))
         else:
             self._make_room(end)
             self._buffer.rows[:, :, self._num_rows : end] = rows.transpose(1, 2)
@@ -146,7 +146,7 @@ class GrowingRows:
         check_saved(name, rows, (batch, num_rows, heads, dim), self._dtype)
         filled = self.fork()
         filled._num_rows = 0
-        filled._hold(self._allocate(max(num_rows, self._buffer.rows.shape[2])))
+        filled._move_to(_Buffer(self._allocate(max(num_rows, self._buffer.rows.shape[2]))))
         with torch.no_grad():
             filled.append(rows)
         return filled
@@ -156,10 +156,13 @@ class GrowingRows:
         behind = any(other is not self and other._num_rows > self._num_rows for other in self._buffer.holders)
         if end <= capacity and not behind:
             return
-        kept = self._buffer.rows[:, :, : self._num_rows]
-        grown = self._allocate(capacity if end <= capacity else max(end, 2 * capacity))
-        grown[:, :, : self._num_rows] = kept
-        self._hold(grown)
+        grown = self._allocate(capacity if end <= capacity else max(end, capacity + capacity // 8))
+        grown[:, :, : self._num_rows] = self._buffer.rows[:, :, : self._num_rows]
+        # A holder that is ahead keeps the old buffer; otherwise everyone moves, so that nothing keeps it alive.
+        moving = [self] if behind else list(self._buffer.holders)
+        buffer = _Buffer(grown)
+        for holder in moving:
+            holder._move_to(buffer)
 
     def _allocate(self, capacity: int) -> Tensor:
         # Whole groups of rows keep every head equally aligned, whatever room was asked for: the same sums, bit by bit.
@@ -169,10 +172,10 @@ class GrowingRows:
         with torch.inference_mode(False):
             return torch.empty(batch, heads, rounded, dim, device=self._device, dtype=self._dtype)
 
-    def _hold(self, rows: Tensor) -> None:
+    def _move_to(self, buffer: _Buffer) -> None:
         self._buffer.holders.discard(self)
-        self._buffer = _Buffer(rows)
-        self._buffer.holders.add(self)
+        self._buffer = buffer
+        buffer.holders.add(self)
 
 
 class KVCache:

@@ -77,16 +77,19 @@ class Read:
 
 
 def read_prompt(
-    engine: Engine, prompt: Prompt, store: PrefixStore, is_cancelled: Callable[[], bool]
+    engine: Engine, prompt: Prompt, store: PrefixStore, is_cancelled: Callable[[], bool], room: int
 ) -> Generator[ReadProgress, None, Read]:
     """Read a prompt from the longest saved state on, saving states on the way.
+
+    Units: room in tokens, what is expected behind the prompt; a new state is made large enough for both, so that it
+    takes the memory that was planned and is never copied while it is read.
 
     A cancelled read (or one no longer iterated) loses nothing: it ends in a paused event, the state of the last whole
     chunk is saved, and the next read goes on from there.
     """
     point = store.longest(prompt.tokens)
     started_s = time.monotonic()
-    state = engine.new_state() if point is None else point.state.fork()
+    state = engine.new_state(len(prompt.ids) + room) if point is None else point.state.fork()
     logits = None if point is None else point.logits
     cached = position = 0 if point is None else point.num_tokens
     saves = [save for save in prompt.save_positions(engine.config.chunk_size) if save > position]

@@ -13,7 +13,7 @@ from salalocal.device import device_memory, pick_device
 from salalocal.engine.budget import CacheFormat, PlanOptions, WeightFormat, check_fits, plan_memory
 from salalocal.engine.engine import Engine, EngineConfig
 from salalocal.engine.load import default_dtype, load_model, weight_bytes
-from salalocal.engine.sampling import SamplingParams
+from salalocal.engine.sampling_params import SamplingParams
 from salalocal.errors import CheckpointError, ContextError, RequestError
 from salalocal.model.config import SalaConfig
 from salalocal.prompt.pack import PromptPack
@@ -22,13 +22,11 @@ from salalocal.prompt.text_stream import TextStream
 from salalocal.prompt.tokenizer import Tokenizer
 from salalocal.session.generation import Generation
 from salalocal.session.memory import naming_memory_errors
-from salalocal.session.session import Session, SessionOptions
-from salalocal.session.tokens import TextCodec
+from salalocal.session.session import Session, SessionOptions, one_or_more
+from salalocal.session.tokens import BUILTIN_MAX_TOKENS, TextCodec, default_max_tokens
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DTYPES |= {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-BUILTIN_MAX_TOKENS = 512
-MAX_TOKENS = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +91,7 @@ class Runtime:
             raise ContextError(
                 f"a prompt of {len(ids):,} tokens does not fit a context of {self.context_limit:,} tokens"
             )
-        state = self.engine.new_state()
+        state = self.engine.new_state(len(ids) + max_tokens)
         with naming_memory_errors("reading the prompt"):
             logits = self.engine.prefill(ids, state)
         if logits is None:
@@ -102,7 +100,7 @@ class Runtime:
 
     def session(
         self,
-        files: Sequence[str | Path] = (),
+        files: Sequence[str | Path] | str | Path = (),
         *,
         pack: PromptPack | None = None,
         system: str | None = None,
@@ -117,7 +115,7 @@ class Runtime:
         if files and pack is not None:
             raise RequestError("files and pack are both given", "give one of them")
         if files:
-            pack = PromptPack.build(read_sources(files))
+            pack = PromptPack.build(read_sources(one_or_more(files)))
         options = SessionOptions(
             sampling or SamplingParams(max_tokens=default_max_tokens(self.name)),
             system,
@@ -148,11 +146,6 @@ def load(model: str | Path = BUILTIN, *, device: str | None = None, dtype: str |
     for a small model on a CPU. Raises: HubError, CheckpointError, BackendError, MemoryBudgetError, RequestError.
     """
     return open_runtime(resolve_model(model), str(model), LoadOptions(device, dtype))
-
-
-def default_max_tokens(name: str) -> int:
-    """How long an answer may get if nobody says: the built-in model copies lines, others may think first."""
-    return BUILTIN_MAX_TOKENS if name == BUILTIN else MAX_TOKENS
 
 
 def open_runtime(folder: Path, name: str, options: LoadOptions, codec: TextCodec | None = None) -> Runtime:

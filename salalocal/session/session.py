@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from salalocal.device import peak_memory_bytes
-from salalocal.engine.sampling import SamplingParams
+from salalocal.engine.sampling_params import SamplingParams
 from salalocal.errors import PackError, RequestError
 from salalocal.prompt.pack import PromptPack
-from salalocal.prompt.sources import Reading
+from salalocal.prompt.sources import Reading, read_sources
 from salalocal.prompt.template import Conversation
 from salalocal.prompt.template import Turn as PromptTurn
 from salalocal.prompt.text_stream import TextStream
@@ -23,12 +24,17 @@ from salalocal.session.generation import Generation
 from salalocal.session.prefix import PrefixStore, SavePoint, token_bytes
 from salalocal.session.reading import Prompt, Read, read_prompt
 from salalocal.session.thinking import route, split_thinking
-from salalocal.session.tokens import ContextOverflow, TokenReport, report_tokens
+from salalocal.session.tokens import QUESTION_TOKENS, ContextOverflow, TokenReport, report_tokens
 
 if TYPE_CHECKING:
     from salalocal.session.runtime import Runtime
 
 SAVE_BYTES = 512 * 2**20
+
+
+def one_or_more(paths: Sequence[str | Path] | str | Path) -> Sequence[str | Path]:
+    """Paths given as one or as several, always as several."""
+    return [paths] if isinstance(paths, str | Path) else paths
 
 
 @dataclass(frozen=True)
@@ -135,24 +141,34 @@ class Session:
         """Go on about other documents, with the same turns. Raises: ContextError; then nothing changes."""
         before, self._pack = self._pack, pack
         try:
-            self._check(self._render(self._prompt_turns()))
+            prompt = self._render(self._prompt_turns())
+            self._check(prompt)
         except BaseException:
             self._pack = before
             raise
+        # Now, not at the next question: a state that lies ahead of the one to go on from would make it copy its rows.
+        self._store.keep_prefixes_of(prompt.tokens)
 
-    def add(self, reading: Reading) -> None:
-        """Put more documents behind those that are there, so that these are not read again. Raises: ContextError."""
+    def add(self, files: Reading | Sequence[str | Path] | str | Path) -> None:
+        """Put more documents behind those that are there, so that these are not read again.
+
+        `files`: one path, several, or what `read_sources` gave. Raises: PackError, ContextError; nothing changes then.
+        """
+        reading = files if isinstance(files, Reading) else read_sources(one_or_more(files))
         if not reading.documents:
             raise PackError("no text found in what was added", "name a file, a folder or an archive with text in it")
         self.set_pack(PromptPack.build(reading) if self._pack is None else self._pack.add(reading.documents))
 
-    def drop(self, paths: Sequence[str]) -> None:
-        """Forget documents; those before the first of them are not read again. Raises: RequestError, PackError."""
+    def drop(self, paths: Sequence[str] | str) -> None:
+        """Forget documents by path; those before the first of them are not read again.
+
+        Raises: RequestError, PackError.
+        """
         if self._pack is None:
             raise RequestError("there are no documents to drop", "/add reads some")
         pack = self._pack
-        for path in paths:
-            pack = pack.drop(path)
+        for path in one_or_more(paths):
+            pack = pack.drop(str(path))
         self.set_pack(pack if pack.documents else None)
 
     def _prompt_turns(self) -> tuple[PromptTurn, ...]:
@@ -169,7 +185,8 @@ class Session:
     def _read_documents(self) -> Generator[ReadProgress, None, None]:
         prompt = self._render(())
         if prompt.documents:
-            yield from read_prompt(self._runtime.engine, prompt, self._store, self._cancelled.is_set)
+            room = QUESTION_TOKENS + self.sampling.max_tokens
+            yield from read_prompt(self._runtime.engine, prompt, self._store, self._cancelled.is_set, room)
 
     def _ask(
         self, question: str, prompt: Prompt, sampling: SamplingParams, stop: tuple[str, ...]
@@ -177,11 +194,12 @@ class Session:
         runtime = self._runtime
         stream = TextStream(runtime.tokenizer, stop)
         self._store.keep_prefixes_of(prompt.tokens)
-        read = yield from read_prompt(runtime.engine, prompt, self._store, self._cancelled.is_set)
+        is_cancelled = self._cancelled.is_set
+        read = yield from read_prompt(runtime.engine, prompt, self._store, is_cancelled, sampling.max_tokens)
         if not read.is_whole or read.logits is None:
             yield Finish("cancelled", self._usage(read))
             return
-        tokens = runtime.engine.generate(read.state, read.logits, sampling, runtime.stop_ids, self._cancelled.is_set)
+        tokens = runtime.engine.generate(read.state, read.logits, sampling, runtime.stop_ids, is_cancelled)
         generation = Generation(tokens, stream, runtime.stop_ids)
         started_s, num_thinking = time.monotonic(), 0
         try:

@@ -16,11 +16,11 @@ from salalocal.prompt.pack import PromptPack
 from salalocal.prompt.sources import PackLimits, Reading, read_sources
 from salalocal.prompt.sources.limits import size_text
 from salalocal.prompt.visible import quoted_name
-from salalocal.session.tokens import ContextOverflow, TextCodec, TokenReport
+from salalocal.session.tokens import QUESTION_TOKENS, ContextOverflow, TextCodec, TokenReport, default_max_tokens
 from salalocal.settings import DEFAULT_ORIGIN, Settings
 
 if TYPE_CHECKING:
-    from salalocal.engine.sampling import SamplingParams
+    from salalocal.engine.sampling_params import SamplingParams
     from salalocal.session.runtime import Runtime
     from salalocal.session.session import Session
 
@@ -83,6 +83,7 @@ def open_session(settings: Settings, sources: Sources, stop: Sequence[str], tell
 
     Raises: PackError, HubError, CheckpointError, ContextError, MemoryBudgetError, BackendError, RequestError.
     """
+    sampling = _sampling(settings)  # a value that makes no sense is refused before anything is read
     reading, pack = Reading(()), None
     if sources.paths:
         reading = read_sources(sources.paths, sources.limits, sources.stdin)
@@ -99,10 +100,10 @@ def open_session(settings: Settings, sources: Sources, stop: Sequence[str], tell
     limit = settings.ctx or read_config(folder).max_position_embeddings
     if limit is not None and report.total_tokens >= limit:
         raise ContextOverflow(report, limit)
-    from salalocal.session.runtime import LoadOptions, open_runtime  # here, since it imports torch
+    from salalocal.session.runtime import LoadOptions, open_runtime  # here, since they import torch
 
-    sampling = _sampling(settings)
-    options = LoadOptions(settings.device, settings.dtype, settings.chunk_size, report.total_tokens)
+    num_tokens = report.total_tokens + QUESTION_TOKENS + sampling.max_tokens
+    options = LoadOptions(settings.device, settings.dtype, settings.chunk_size, num_tokens)
     runtime = open_runtime(folder, settings.model, options, codec)
     if settings.model == BUILTIN:
         tell(
@@ -137,8 +138,7 @@ def report_sources(settings: Settings, sources: Sources, tell: Tell) -> TokenRep
 
 
 def _sampling(settings: Settings) -> "SamplingParams":
-    from salalocal.engine.sampling import SamplingParams
-    from salalocal.session.runtime import default_max_tokens
+    from salalocal.engine.sampling_params import SamplingParams
 
     return SamplingParams(
         temperature=settings.temperature,

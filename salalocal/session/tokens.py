@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from salalocal.checkpoint.hub import BUILTIN
 from salalocal.errors import ContextError
 from salalocal.prompt.pack import PromptPack
 from salalocal.prompt.sources import Skip
 from salalocal.prompt.template import ChatTemplate, Conversation, Segment
 from salalocal.prompt.tokenizer import Tokenizer
+
+BUILTIN_MAX_TOKENS = 512
+MAX_TOKENS = 4096
+QUESTION_TOKENS = 256  # what a question and its frame are expected to take
 
 _NAMED_IN_ERROR = 3
 
@@ -42,6 +47,11 @@ class TokenReport:
         return sum(document.tokens for document in self.documents)
 
     @property
+    def num_files(self) -> str:
+        """How many documents, in words."""
+        return "1 file" if len(self.documents) == 1 else f"{len(self.documents):,} files"
+
+    @property
     def total_tokens(self) -> int:
         """Tokens of the whole prompt."""
         return self.document_tokens + self.other_tokens
@@ -58,10 +68,12 @@ class ContextOverflow(ContextError):
         largest = ", ".join(
             f"{document.path[-60:]} {document.tokens:,}" for document in report.largest(_NAMED_IN_ERROR)
         )
+        is_talk = report.other_tokens > report.document_tokens
         super().__init__(
-            f"{report.total_tokens:,} tokens in {len(report.documents):,} files do not fit a context of {limit:,} "
-            f"tokens ({report.total_tokens - limit + 1:,} too many); nothing was cut or read",
-            f"leave files out; the largest are {largest}" if largest else "ask a shorter question, or /undo some turns",
+            f"{report.total_tokens:,} tokens do not fit a context of {limit:,} tokens "
+            f"({report.total_tokens - limit + 1:,} too many): {report.document_tokens:,} in {report.num_files}, "
+            f"{report.other_tokens:,} in questions, answers and frame; nothing was cut",
+            "ask a shorter question, or /undo some turns" if is_talk else f"leave files out; the largest are {largest}",
         )
         self.report = report
 
@@ -98,3 +110,8 @@ def report_tokens(
         other_tokens=sum(len(segment.ids) for segment in segments if segment.kind != "document"),
         context_limit=context_limit,
     )
+
+
+def default_max_tokens(name: str) -> int:
+    """How long an answer may get if nobody says: the built-in model copies lines, others may think first."""
+    return BUILTIN_MAX_TOKENS if name == BUILTIN else MAX_TOKENS

@@ -53,6 +53,9 @@ class Terminal:
 
 def prepare_streams() -> None:
     """Make stdout and stderr take any text: UTF-8 byte by byte in a pipe, what the terminal can show on a terminal."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller: what is meant for it must not land in the other one
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w"), encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             if stream.isatty():

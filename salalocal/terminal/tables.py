@@ -28,7 +28,7 @@ def size(num_bytes: int) -> str:
 def token_lines(report: TokenReport) -> Iterator[str]:
     """The documents as a tree with their tokens, the sum, and what was skipped and why."""
     rows = [*_tree(report.documents), (report.other_tokens, "(prompt frame and conversation)")]
-    rows.append((report.total_tokens, f"in all, {len(report.documents):,} files"))
+    rows.append((report.total_tokens, f"in all, {report.num_files}"))
     width = max(len(f"{tokens:,}") for tokens, _ in rows)
     for tokens, name in rows:
         yield f"{tokens:>{width},}  {name}"

@@ -8,7 +8,7 @@ from tiny_model import make_pack
 
 from salalocal.chat.commands import COMMANDS, Chat, run_command
 from salalocal.chat.repl import run_chat
-from salalocal.engine.sampling import SamplingParams
+from salalocal.engine.sampling_params import SamplingParams
 from salalocal.errors import PackError, RequestError
 from salalocal.session.runtime import Runtime
 
@@ -97,3 +97,18 @@ def test_unknown_commands_take_one_line(chat: Chat) -> None:
 def test_bye(chat: Chat) -> None:
     run_command(chat, "/bye")
     assert chat.is_over
+
+
+def test_adding_standard_input_is_refused(chat: Chat) -> None:
+    with pytest.raises(RequestError, match="standard input"):
+        run_command(chat, "/add -")
+
+
+def test_an_interrupted_add_changes_nothing(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = chat.session.pack
+    monkeypatch.setattr("salalocal.chat.commands.read_sources", interrupted)
+    assert run_command(chat, "/add somewhere") is True
+    assert chat.session.pack is before

@@ -4,7 +4,7 @@ from fake_view import FakeView
 from tiny_model import counting_feeds, make_pack
 
 from salalocal.chat.questions import answer_questions
-from salalocal.engine.sampling import SamplingParams
+from salalocal.engine.sampling_params import SamplingParams
 from salalocal.session.events import TextDelta
 from salalocal.session.runtime import Runtime
 

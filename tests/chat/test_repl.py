@@ -8,7 +8,7 @@ from fake_view import INTERRUPT, FakeView
 from tiny_model import make_pack
 
 from salalocal.chat.repl import run_chat
-from salalocal.engine.sampling import SamplingParams
+from salalocal.engine.sampling_params import SamplingParams
 from salalocal.errors import RequestError
 from salalocal.session.events import Event, ReadProgress, TextDelta
 from salalocal.session.runtime import Runtime

@@ -51,10 +51,17 @@ def test_a_snapshot_without_a_config_counts_as_not_here(cache: Path) -> None:
 
 
 def test_a_folder_is_taken_as_it_is_and_wins_over_a_hub_id(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "acme" / "tiny-model").mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "acme" / "tiny-model"):
+        (folder / "config.json").write_text("{}")
     assert resolve_model(tmp_path) == tmp_path
     assert resolve_model(str(tmp_path)) == tmp_path
-    (tmp_path / "acme" / "tiny-model").mkdir(parents=True)
     assert resolve_model("acme/tiny-model") == Path("acme/tiny-model")
+
+
+def test_a_folder_without_a_config_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(HubError, match=r"no model folder, config\.json is missing"):
+        resolve_model(tmp_path)
 
 
 def test_builtin_is_the_folder_of_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from salalocal import device as device_module
 from salalocal.engine import engine as engine_module
 from salalocal.engine.engine import Engine, EngineConfig
-from salalocal.engine.sampling import SamplingParams
+from salalocal.engine.sampling_params import SamplingParams
 from salalocal.errors import MemoryBudgetError, NumericError, RequestError
 from salalocal.model.sala import SalaModel, SwitchRule
 

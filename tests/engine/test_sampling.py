@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from salalocal.engine.sampling import RepetitionGuard, Sampler, SamplingParams, check_finite, token_probabilities
+from salalocal.engine.sampling import RepetitionGuard, Sampler, check_finite, token_probabilities
+from salalocal.engine.sampling_params import SamplingParams
 from salalocal.errors import NumericError, RequestError
 
 

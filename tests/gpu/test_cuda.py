@@ -10,7 +10,7 @@ from salalocal.checkpoint.checkpoint import Checkpoint
 from salalocal.checkpoint.hub import resolve_model
 from salalocal.engine.engine import Engine, EngineConfig
 from salalocal.engine.load import load_model
-from salalocal.engine.sampling import SamplingParams
+from salalocal.engine.sampling_params import SamplingParams
 
 pytestmark = [
     pytest.mark.gpu,

@@ -54,14 +54,25 @@ def test_rows_come_back_in_order(capacity: int, num_tokens: int, seed: int) -> N
     assert torch.equal(cache.rows, torch.cat((first, second), dim=1))
 
 
-def test_memory_grows_by_doubling_and_whole_groups(seed: int) -> None:
+def test_memory_grows_by_an_eighth_and_whole_groups(seed: int) -> None:
     draw, cache = Rows(seed), GrowingRows(spec(), 3, 4)
     row_bytes, sizes = 2 * 3 * 4 * 4, []
-    for _ in range(300):
+    for _ in range(900):
         cache.append(draw(1))
         sizes.append(cache.nbytes // row_bytes)
-    assert sorted(set(sizes)) == [64, 128, 256, 512]
+    assert sorted(set(sizes)) == [64, 128, 192, 256, 320, 384, 448, 512, 576, 704, 832, 960]
     assert GrowingRows(spec(capacity=100), 3, 4).nbytes == 128 * row_bytes
+
+
+def test_forks_move_with_the_one_that_grows_so_that_nothing_is_held_twice(seed: int) -> None:
+    draw, cache = Rows(seed), GrowingRows(spec(), 3, 4)
+    rows = draw(60)
+    cache.append(rows)
+    behind = cache.fork()
+    cache.append(draw(30))
+    assert cache.num_rows == 90 and behind.num_rows == 60
+    assert behind.rows.untyped_storage().data_ptr() == cache.rows.untyped_storage().data_ptr()
+    assert torch.equal(behind.rows, rows)
 
 
 def test_room_asked_for_is_used_without_moving(seed: int) -> None:

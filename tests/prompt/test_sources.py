@@ -100,9 +100,9 @@ def test_missing_paths_are_errors(tmp_path: Path) -> None:
     "data",
     [
         b"plain text\n",
-        gzip.compress(b"plain text\n"),
+        gzip.compress(b"plain text\n", mtime=0),
         tar_of([("stdin", b"plain text\n")]),
-        gzip.compress(tar_of([("stdin", b"plain text\n")])),
+        gzip.compress(tar_of([("stdin", b"plain text\n")]), mtime=0),
         zip_of([("stdin", b"plain text\n")]),
     ],
 )

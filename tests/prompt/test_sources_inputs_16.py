@@ -102,10 +102,11 @@ def test_19_one_endless_line_and_a_million_short_ones(tmp_path: Path) -> None:
         ("a.txt", b" \n\t"),
         ("a.tar", END),
         ("a.tar", bytes(10240)),
-        ("a.tar.gz", gzip.compress(END)),
+        ("a.tar.gz", gzip.compress(END, mtime=0)),
         ("a.zip", zip_of([])),
         ("a.zip", zip_of([("empty.txt", b"")])),
     ],
+    ids=["empty", "mark", "blank", "tar", "zeros", "tar.gz", "zip", "zip-of-empty"],
 )
 def test_20_empty_sources(tmp_path: Path, name: str, data: bytes) -> None:
     with pytest.raises(PackError, match="no text found in") as caught:

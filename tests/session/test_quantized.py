@@ -13,7 +13,7 @@ from salalocal.checkpoint.checkpoint import Checkpoint
 from salalocal.checkpoint.hub import resolve_model
 from salalocal.cli import app
 from salalocal.engine.budget import WeightFormat
-from salalocal.engine.sampling import SamplingParams
+from salalocal.engine.sampling_params import SamplingParams
 from salalocal.errors import MemoryBudgetError
 from salalocal.quant.int4 import IntScheme
 from salalocal.quant.linear import QuantizedLinear

@@ -44,7 +44,7 @@ def test_progress_names_the_document_that_is_being_read() -> None:
 def test_a_read_ends_in_a_state_that_holds_the_prompt(runtime: Runtime) -> None:
     prompt = documents(40, 90, 33)
     store = PrefixStore(10)
-    reading = read_prompt(runtime.engine, prompt, store, lambda: False)
+    reading = read_prompt(runtime.engine, prompt, store, lambda: False, 64)
     events = []
     while True:
         try:
@@ -62,9 +62,9 @@ def test_a_read_ends_in_a_state_that_holds_the_prompt(runtime: Runtime) -> None:
 def test_a_paused_read_goes_on_through_the_same_chunks(runtime: Runtime) -> None:
     prompt = documents(40, 90, 33)
     store = PrefixStore(10)
-    paused = list(read_prompt(runtime.engine, prompt, store, lambda: True))
+    paused = list(read_prompt(runtime.engine, prompt, store, lambda: True, 64))
     assert len(paused) == 1 and paused[0].is_paused
-    resumed = list(read_prompt(runtime.engine, prompt, store, lambda: False))
+    resumed = list(read_prompt(runtime.engine, prompt, store, lambda: False, 64))
     assert resumed[0].cached_tokens == 32
     assert [event.num_tokens for event in resumed] == [64, 96, 128, 134, 160, 167, 173]
 

@@ -11,15 +11,16 @@ import tiny_model
 import torch
 from tiny_model import counting_feeds, make_pack, with_stop_token
 
-from salalocal.engine.sampling import SamplingParams
+from salalocal.engine.sampling_params import SamplingParams
 from salalocal.errors import ContextError, MemoryBudgetError, NumericError, PackError, RequestError
+from salalocal.model.state import ModelState
 from salalocal.prompt.sources import Reading
 from salalocal.prompt.template import Conversation
 from salalocal.prompt.template import Turn as PromptTurn
 from salalocal.session.events import Event, Finish, ReadProgress, TextDelta, ThinkingDelta
 from salalocal.session.runtime import Runtime
 from salalocal.session.session import Session
-from salalocal.session.tokens import ContextOverflow
+from salalocal.session.tokens import QUESTION_TOKENS, ContextOverflow
 
 GREEDY = SamplingParams(max_tokens=12)
 PACK = {"one": "alpha = 1\n" * 10, "two": "beta = 2\n" * 14, "three": "gamma = 3\n" * 9}
@@ -426,3 +427,28 @@ def test_states_saved_in_memory_are_bounded(runtime: Runtime) -> None:
 
 def session_options(runtime: Runtime) -> Any:
     return open_session(runtime)._options
+
+
+def cache_bytes(states: Iterable[ModelState]) -> int:
+    """Bytes of all distinct buffers of keys and values that these states keep alive."""
+    buffers = {}
+    for state in states:
+        for layer in state.layers:
+            for name, tensor in layer.tensors().items():
+                if name in ("k", "v"):
+                    storage = tensor.untyped_storage()
+                    buffers[storage.data_ptr()] = storage.nbytes()
+    return sum(buffers.values())
+
+
+def test_many_files_and_added_ones_hold_their_rows_once(runtime: Runtime) -> None:
+    session = open_session(runtime, pack=make_pack(**{f"f{n}": f"text {n} " * 60 for n in range(9)}))
+    list(session.read())
+    num_tokens = session.token_report().total_tokens + QUESTION_TOKENS + session.sampling.max_tokens
+    planned = cache_bytes([runtime.engine.new_state(num_tokens)])
+    assert len(session._store) > 2
+    assert cache_bytes(point.state for point in session._store._points) <= 1.05 * planned
+    list(session.ask("what?", SamplingParams(max_tokens=4)))
+    session.add(Reading((tiny_model.document("more.txt", "more text " * 40),)))
+    list(session.read())
+    assert cache_bytes(point.state for point in session._store._points) <= 1.3 * planned
