@@ -208,7 +208,7 @@ def ask(
 
 @app.command()
 @with_flag_groups
-def tokens(reading: ReadFlags, model: ModelName = None, json_: Json = False) -> None:
+def tokens(reading: ReadFlags, model: ModelName = None, json_: Json = False, quiet: Quiet = False) -> None:
     """Show how many tokens files take, what is skipped and why.
 
     Loads the tokenizer of the model, not the model.
@@ -219,7 +219,7 @@ def tokens(reading: ReadFlags, model: ModelName = None, json_: Json = False) -> 
 
     if not reading.file:
         raise RequestError("no file given", "salalocal tokens -f PATH")
-    settings, terminal = load_settings({"model": model}), make_terminal()
+    settings, terminal = load_settings({"model": model}), make_terminal(quiet)
     report = report_sources(settings, reading.sources(), terminal.tell)
     if json_:
         _write_json(tokens_json(report, settings.model))
@@ -239,6 +239,7 @@ def plan(
     weights: Annotated[str | None, typer.Option(metavar="NAME", help="bf16, fp16, fp32 or int4.")] = None,
     kv_cache: Annotated[str | None, typer.Option(metavar="NAME", help="bf16, fp32 or int8.")] = None,
     json_: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Show the memory that a model needs by context length.
 
@@ -250,7 +251,7 @@ def plan(
     from salalocal.terminal.console import make_terminal, show_error
     from salalocal.terminal.tables import plan_json, plan_lines, plan_refusal
 
-    settings, terminal = load_settings({"model": model}), make_terminal()
+    settings, terminal = load_settings({"model": model}), make_terminal(quiet)
     flags = PlanFlags(
         parse_tokens(ctx) if ctx else None, parse_bytes(gpu_memory) if gpu_memory else None, weights, kv_cache
     )

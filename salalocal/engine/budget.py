@@ -136,8 +136,11 @@ def longest_context(config: SalaConfig, memory_bytes: int, options: PlanOptions 
     return fits
 
 
-def check_fits(plan: MemoryPlan, memory_bytes: int) -> None:
-    """Raises MemoryBudgetError, with the parts of the plan, if it does not fit into `memory_bytes`."""
+def check_fits(plan: MemoryPlan, memory_bytes: int, model: str = "MODEL") -> None:
+    """Raises MemoryBudgetError, with the parts of the plan, if it does not fit into `memory_bytes`.
+
+    `model` names the model in the command of the hint.
+    """
     if plan.total_bytes > memory_bytes:
         parts = {
             "weights": plan.weight_bytes,
@@ -149,7 +152,7 @@ def check_fits(plan: MemoryPlan, memory_bytes: int) -> None:
         raise MemoryBudgetError(
             f"a context of {plan.num_tokens:,} tokens needs {plan.total_bytes / 2**30:.2f} GiB ({shown}), "
             f"{memory_bytes / 2**30:.2f} GiB are free",
-            "salalocal plan shows the longest context that fits",
+            f"salalocal plan {model} --ctx {plan.num_tokens} shows the table and commands that do fit",
         )
 
 

@@ -166,7 +166,8 @@ def open_runtime(folder: Path, name: str, options: LoadOptions, codec: TextCodec
     if checkpoint.config.quantization_config is not None:
         loaded_bytes = weight_bytes(checkpoint, device, dtype)
         plan_options = replace(plan_options, weights=WeightFormat.INT4, int4_bytes=loaded_bytes)
-    check_fits(plan_memory(checkpoint.config, options.num_tokens, plan_options), device_memory(device).free_bytes)
+    plan = plan_memory(checkpoint.config, options.num_tokens, plan_options)
+    check_fits(plan, device_memory(device).free_bytes, name)
     with naming_memory_errors("loading the weights"):
         engine = Engine(load_model(checkpoint, device, dtype), engine_config)
     return Runtime(name, checkpoint.config, codec, engine)

@@ -97,7 +97,10 @@ def open_session(settings: Settings, sources: Sources, stop: Sequence[str], tell
     report = codec.report(pack, settings.system)
     if pack is not None:
         tell(f"{_reading_line(reading)}, {report.total_tokens:,} tokens")
-    limit = settings.ctx or read_config(folder).max_position_embeddings
+    made_for = read_config(folder).max_position_embeddings
+    limit = settings.ctx or made_for
+    if made_for is not None and limit is not None and limit > made_for:
+        tell(f"the model was made for contexts of up to {made_for:,} tokens")
     if limit is not None and report.total_tokens >= limit:
         raise ContextOverflow(report, limit)
     from salalocal.session.runtime import LoadOptions, open_runtime  # here, since they import torch

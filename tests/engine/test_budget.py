@@ -99,6 +99,9 @@ def test_a_plan_that_does_not_fit_is_refused_with_its_parts() -> None:
         MemoryBudgetError, match=r"1,048,576 tokens needs .* \(weights 17.65, cache 8.31, .*16.00 GiB are free"
     ):
         check_fits(plan, 16 * GIB)
+    with pytest.raises(MemoryBudgetError) as refused:
+        check_fits(plan, 16 * GIB, "org/model")
+    assert "salalocal plan org/model --ctx 1048576" in refused.value.hint
 
 
 @pytest.mark.parametrize("num_tokens", [-1, 2**31 + 1, 1.5, True, "64k"])

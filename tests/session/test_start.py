@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from salalocal.errors import ContextError, PackError
+from salalocal.errors import ContextError, PackError, RequestError
 from salalocal.session import start
 from salalocal.session.start import Sources, open_session
 from salalocal.settings import load_settings
@@ -38,3 +38,15 @@ def test_files_without_text_and_too_long_ones_fail_before_the_model_is_loaded(
         open_session(load_settings({"model": "builtin"}), Sources((str(tmp_path / "empty"),)), (), lambda _: None)
     with pytest.raises(ContextError):
         open_session(load_settings({"model": "builtin", "ctx": "64"}), sources, (), lambda _: None)
+
+
+def test_a_context_beyond_what_the_model_was_made_for_is_told(sources: Sources) -> None:
+    told: list[str] = []
+    open_session(load_settings({"model": "builtin", "ctx": "1m"}), sources, (), told.append)
+    assert any("made for contexts of up to 524,288" in line for line in told)
+
+
+def test_a_value_that_makes_no_sense_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("salalocal.session.start.read_sources", lambda *_: pytest.fail("files were read"))
+    with pytest.raises(RequestError, match="top_p"):
+        open_session(load_settings({"model": "builtin", "top_p": "2"}), Sources(("x",)), (), lambda _: None)
