@@ -22,6 +22,7 @@ from salalocal.checkpoint.folder import read_headers
 from salalocal.checkpoint.header import TensorEntry
 from salalocal.checkpoint.names import (
     CONFIG_FILE,
+    MAX_CONFIG_BYTES,
     WEIGHT_DTYPES,
     TensorSpec,
     expected_tensors,
@@ -31,8 +32,6 @@ from salalocal.checkpoint.shard import TORCH_DTYPES, Shard
 from salalocal.checkpoint.strict_json import one_line, read_json_file
 from salalocal.errors import CheckpointError
 from salalocal.model.config import SalaConfig
-
-MAX_CONFIG_BYTES = 4 * 2**20
 
 _PROBLEM_CHARACTERS = 215  # what problems of tensors may take of an error line of 300
 _SAMPLE_BYTES = 1024

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from salalocal.model.config import LIGHTNING, SPARSE, SalaConfig
 
 CONFIG_FILE = "config.json"
+MAX_CONFIG_BYTES = 4 * 2**20
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 

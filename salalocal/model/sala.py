@@ -15,6 +15,8 @@ from salalocal.model.layers import DenseLinearFactory, Device, LinearFactory, Ml
 from salalocal.model.mixers import MIXERS, Mixer
 from salalocal.model.state import LayerState, ModelState, StateSpec
 
+MODEL_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
 
 class SwitchRule(enum.Enum):
     """Which rows of the sparse layers choose blocks, the others attending to everything. Source: section 10.
@@ -88,7 +90,7 @@ class SalaModel(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dtype = _DTYPES[config.dtype] if dtype is None else dtype
+        dtype = MODEL_DTYPES[config.dtype] if dtype is None else dtype
         linear = linear_factory or DenseLinearFactory(device, dtype)
         self.config = config
         self._config_digest = config.digest
@@ -163,6 +165,3 @@ class SalaModel(nn.Module):
 
     def _blocks(self) -> list[SalaBlock]:
         return [block for block in self.model.layers if isinstance(block, SalaBlock)]
-
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

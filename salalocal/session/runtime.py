@@ -16,6 +16,7 @@ from salalocal.engine.load import default_dtype, load_model, weight_bytes
 from salalocal.engine.sampling_params import SamplingParams
 from salalocal.errors import CheckpointError, ContextError, RequestError
 from salalocal.model.config import SalaConfig
+from salalocal.model.sala import MODEL_DTYPES
 from salalocal.prompt.pack import PromptPack
 from salalocal.prompt.sources import read_sources
 from salalocal.prompt.text_stream import TextStream
@@ -23,10 +24,9 @@ from salalocal.prompt.tokenizer import Tokenizer
 from salalocal.session.generation import Generation
 from salalocal.session.memory import naming_memory_errors
 from salalocal.session.session import Session, SessionOptions, one_or_more
-from salalocal.session.tokens import BUILTIN_MAX_TOKENS, TextCodec, default_max_tokens
+from salalocal.session.tokens import BUILTIN_MAX_TOKENS, TextCodec, answer_room, default_max_tokens
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-DTYPES |= {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = MODEL_DTYPES | {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ class Runtime:
             raise ContextError(
                 f"a prompt of {len(ids):,} tokens does not fit a context of {self.context_limit:,} tokens"
             )
-        state = self.engine.new_state(len(ids) + max_tokens)
+        state = self.engine.new_state(len(ids) + answer_room(max_tokens))
         with naming_memory_errors("reading the prompt"):
             logits = self.engine.prefill(ids, state)
         if logits is None:

@@ -24,7 +24,7 @@ from salalocal.session.generation import Generation
 from salalocal.session.prefix import PrefixStore, SavePoint, token_bytes
 from salalocal.session.reading import Prompt, Read, read_prompt
 from salalocal.session.thinking import route, split_thinking
-from salalocal.session.tokens import QUESTION_TOKENS, ContextOverflow, TokenReport, report_tokens
+from salalocal.session.tokens import QUESTION_TOKENS, ContextOverflow, TokenReport, answer_room, report_tokens
 
 if TYPE_CHECKING:
     from salalocal.session.runtime import Runtime
@@ -185,7 +185,7 @@ class Session:
     def _read_documents(self) -> Generator[ReadProgress, None, None]:
         prompt = self._render(())
         if prompt.documents:
-            room = QUESTION_TOKENS + self.sampling.max_tokens
+            room = QUESTION_TOKENS + answer_room(self.sampling.max_tokens)
             yield from read_prompt(self._runtime.engine, prompt, self._store, self._cancelled.is_set, room)
 
     def _ask(
@@ -195,7 +195,9 @@ class Session:
         stream = TextStream(runtime.tokenizer, stop)
         self._store.keep_prefixes_of(prompt.tokens)
         is_cancelled = self._cancelled.is_set
-        read = yield from read_prompt(runtime.engine, prompt, self._store, is_cancelled, sampling.max_tokens)
+        read = yield from read_prompt(
+            runtime.engine, prompt, self._store, is_cancelled, answer_room(sampling.max_tokens)
+        )
         if not read.is_whole or read.logits is None:
             yield Finish("cancelled", self._usage(read))
             return

@@ -10,13 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from salalocal.checkpoint.hub import BUILTIN, resolve_model
+from salalocal.checkpoint.names import CONFIG_FILE, MAX_CONFIG_BYTES
 from salalocal.checkpoint.strict_json import read_json_file
 from salalocal.model.config import SalaConfig
 from salalocal.prompt.pack import PromptPack
 from salalocal.prompt.sources import PackLimits, Reading, read_sources
 from salalocal.prompt.sources.limits import size_text
 from salalocal.prompt.visible import quoted_name
-from salalocal.session.tokens import QUESTION_TOKENS, ContextOverflow, TextCodec, TokenReport, default_max_tokens
+from salalocal.session.tokens import (
+    QUESTION_TOKENS,
+    ContextOverflow,
+    TextCodec,
+    TokenReport,
+    answer_room,
+    default_max_tokens,
+)
 from salalocal.settings import DEFAULT_ORIGIN, Settings
 
 if TYPE_CHECKING:
@@ -29,7 +37,6 @@ Tell = Callable[[str], None]
 BUILTIN_TRAINED_TOKENS = 16_384  # the longest context that the built-in model saw in training, and was scored at
 
 _SKIPS_SHOWN = 20
-_MAX_CONFIG_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ def model_choice(settings: Settings) -> str:
 
 def read_config(folder: Path) -> SalaConfig:
     """The shape of a model, without its weights. Raises: CheckpointError."""
-    return SalaConfig.from_hf(read_json_file(folder / "config.json", _MAX_CONFIG_BYTES))
+    return SalaConfig.from_hf(read_json_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES))
 
 
 def tell_skips(reading: Reading, tell: Tell) -> None:
@@ -105,7 +112,7 @@ def open_session(settings: Settings, sources: Sources, stop: Sequence[str], tell
         raise ContextOverflow(report, limit)
     from salalocal.session.runtime import LoadOptions, open_runtime  # here, since they import torch
 
-    num_tokens = report.total_tokens + QUESTION_TOKENS + sampling.max_tokens
+    num_tokens = report.total_tokens + QUESTION_TOKENS + answer_room(sampling.max_tokens)
     options = LoadOptions(settings.device, settings.dtype, settings.chunk_size, num_tokens)
     runtime = open_runtime(folder, settings.model, options, codec)
     if settings.model == BUILTIN:

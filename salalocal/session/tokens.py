@@ -17,6 +17,7 @@ from salalocal.prompt.tokenizer import Tokenizer
 BUILTIN_MAX_TOKENS = 512
 MAX_TOKENS = 4096
 QUESTION_TOKENS = 256  # what a question and its frame are expected to take
+MAX_ANSWER_ROOM = 8192
 
 _NAMED_IN_ERROR = 3
 
@@ -110,6 +111,11 @@ def report_tokens(
         other_tokens=sum(len(segment.ids) for segment in segments if segment.kind != "document"),
         context_limit=context_limit,
     )
+
+
+def answer_room(max_tokens: int) -> int:
+    """The room to make at once for an answer, in tokens: a longer one is rare, and the state grows for it."""
+    return min(max_tokens, MAX_ANSWER_ROOM)
 
 
 def default_max_tokens(name: str) -> int:

@@ -6,6 +6,7 @@ import pytest
 
 from salalocal.errors import ContextError, PackError, RequestError
 from salalocal.session import start
+from salalocal.session.events import TextDelta
 from salalocal.session.start import Sources, open_session
 from salalocal.settings import load_settings
 
@@ -50,3 +51,11 @@ def test_a_value_that_makes_no_sense_is_refused_before_anything_is_read(monkeypa
     monkeypatch.setattr("salalocal.session.start.read_sources", lambda *_: pytest.fail("files were read"))
     with pytest.raises(RequestError, match="top_p"):
         open_session(load_settings({"model": "builtin", "top_p": "2"}), Sources(("x",)), (), lambda _: None)
+
+
+def test_a_long_allowance_for_answers_asks_for_no_memory_before_it_is_used(sources: Sources) -> None:
+    settings = load_settings({"model": "builtin", "max_tokens": "2000000000"})
+    opened = open_session(settings, sources, (), lambda _: None)
+    events = opened.session.ask("What is the value of MAX_RETRIES?")
+    assert "".join(event.text for event in events if isinstance(event, TextDelta)) == "MAX_RETRIES = 5"
+    assert next(opened.runtime.generate("import", max_tokens=2_000_000_000)).token_ids
