@@ -1,9 +1,18 @@
-"""Fixtures for every test: a seed that is new in each run and printed when a test fails."""
+"""Fixtures for every test: a seed that is new in each run and printed when a test fails.
+
+Without a GPU, Triton kernels run in its interpreter, whose switch is read when a kernel is defined: so it is set here,
+before anything of salalocal is imported.
+"""
 
 import os
 import random
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    import interp_compat  # noqa: F401
 
 
 @pytest.fixture

@@ -27,10 +27,14 @@ def test_functions_are_short_and_take_few_parameters(path: Path) -> None:
             continue
         every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
         names = [argument.arg for argument in every if argument.arg not in ("self", "cls")]
+        num_lines = (node.end_lineno or 0) - node.lineno + 1
+        if any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list):
+            assert num_lines <= 150, f"{node.name} has more than 150 lines"  # a kernel is given all it knows
+            continue
         is_command = path.name == "cli.py" and bool(node.decorator_list)  # a command's parameters are its flags
         limit = 20 if is_command else 8
         assert len(names) <= limit, f"{node.name} takes {len(names)} parameters: {names}"
-        assert (node.end_lineno or 0) - node.lineno < 60, f"{node.name} has more than 60 lines"
+        assert num_lines <= 60, f"{node.name} has more than 60 lines"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)

@@ -1,0 +1,80 @@
+"""Triton or its absence: every kernel file takes `triton` and `tl` from here and asks `use_triton` once per call.
+
+Where Triton is not installed the names are stand-ins, so that kernel files can be imported and their plain torch forms
+used. SALALOCAL_KERNELS=reference turns the kernels off for a process, to compare.
+"""
+
+import os
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from salalocal.errors import BackendError
+
+OLDEST_CAPABILITY = 80  # what kernels are written for; a launch without a card takes its settings
+
+
+class _Absent:
+    """Stands for a module that is not installed: gives itself for every name, and decorated functions as they are."""
+
+    def __getattr__(self, name: str) -> "_Absent":
+        return self
+
+    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        return arguments[0] if arguments and callable(arguments[0]) else self
+
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+    triton = tl = _Absent()
+    HAS_TRITON = False
+
+# Triton's interpreter knows no inline assembly: kernels that have some keep a plain path beside it.
+HAS_INLINE_ASM = HAS_TRITON and os.environ.get("TRITON_INTERPRET") != "1"
+
+KERNELS_VARIABLE = "SALALOCAL_KERNELS"
+
+
+def use_triton(*tensors: Tensor) -> bool:
+    """Whether an operation on these tensors is the kernel's to do: all on a CUDA device, and Triton is there.
+
+    Raises: BackendError for a value of SALALOCAL_KERNELS that is not known.
+    """
+    return HAS_TRITON and all(tensor.is_cuda for tensor in tensors) and not _wants_reference()
+
+
+@cache
+def compute_capability(device: torch.device) -> int:
+    """Compute capability of a card as a number, such as 90 or 120; the oldest known for a CPU (the interpreter)."""
+    if device.type != "cuda":
+        return OLDEST_CAPABILITY
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    """How many blocks of a kernel run side by side at least; 1 for a CPU (the interpreter)."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def shared_memory_limit(device: torch.device) -> int:
+    """Bytes of shared memory that one block may use; those of the small cards for a CPU (the interpreter)."""
+    if device.type != "cuda":
+        return 99 * 1024
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
+@cache
+def _wants_reference() -> bool:
+    value = os.environ.get(KERNELS_VARIABLE, "")
+    if value not in ("", "triton", "reference"):
+        raise BackendError(f"{KERNELS_VARIABLE}={value[:40]!r} is not known", "use triton or reference")
+    return value == "reference"
