@@ -13,6 +13,19 @@ from torch import Tensor
 
 from salalocal.errors import BackendError
 
+__all__ = [
+    "HAS_INLINE_ASM",
+    "HAS_TRITON",
+    "KERNELS_VARIABLE",
+    "OLDEST_CAPABILITY",
+    "compute_capability",
+    "num_multiprocessors",
+    "shared_memory_limit",
+    "tl",
+    "triton",
+    "use_triton",
+]
+
 OLDEST_CAPABILITY = 80  # what kernels are written for; a launch without a card takes its settings
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from salalocal.kernels import block_attention as module
+from salalocal.kernels.block_attention import reference as module
 from salalocal.kernels.block_attention import block_attention_definition, block_attention_reference
 from salalocal.kernels.dense_attention import dense_attention_definition
 

@@ -1,11 +1,4 @@
-"""Attention over picked key blocks: softmax over the visible tokens of the blocks that a row chose.
-
-In come queries, the KV cache and the choice of `block_topk`, out come the attended values; for the sparse mixer.
-
-    A_h(p) = softmax over { t : t <= p, t // block_size in blocks[p, g(h)] } of ( scale * q_h . K_t ), times V_t
-Shapes: q [B, T, Hq, D]; k, v [B, N, Hkv, D], any strides; blocks int64 [B, T, Hkv, S], distinct, -1 where a row has
-fewer; query i sits at position first_position + i; head h reads KV head h // (Hq / Hkv).
-Every row must have a visible token. Source: MiniCPM-SALA specification 9.6.
+"""Attention over picked blocks in plain torch: the whole score matrix, and the form that a CPU runs; see the package.
 
 How the reference works. Many rows pick the same block, so the (row, block) pairs are sorted by block and cut into tiles
 of up to 32 rows that share one block: the block is read once per tile and the products are batched matrix products.
@@ -81,13 +74,6 @@ def block_attention_reference(
             groups.append(torch.cat(parts))
         batches.append(torch.stack(groups, 1).flatten(1, 2))  # [T, Hq, D]
     return torch.stack(batches).to(q.dtype)
-
-
-def block_attention(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, first_position: int, block_size: int, scale: float
-) -> Tensor:
-    """What the model calls; see `block_attention_reference`."""
-    return block_attention_reference(q, k, v, blocks, first_position, block_size, scale)
 
 
 def _attend_gathered(

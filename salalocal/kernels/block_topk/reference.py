@@ -1,97 +1,18 @@
-"""Choice of key blocks: every query row picks the blocks of keys that it will attend to (InfLLM-V2, stage 1).
-
-In come queries and pooled keys, out come block numbers for `block_attention`; for the sparse mixer.
-
-Per row at position p and KV head g, with b = p // block_size, r = kernel_size / kernel_stride and
-m = block_size / kernel_stride:
-    z_hj = scale * q_h . k1_j          w_hj = scale * q_h . k2_j          only windows that end at or before p
-    L_h = log sum_j exp(w_hj)          from z where the row sees no k2 yet
-    score_j = sum over the heads h of g of exp(z_hj - L_h), 0 for windows out of sight
-    P_x = max of score_j over j in [m * x - (r - 1), m * x + m - 1]
-    picked = init blocks, blocks b - local_blocks .. b, then the largest P_x, ties to the lower x; `budget` in all
-Shapes: q [B, T, Hq, D]; k1 [B, N1, Hkv, D]; k2 [B, N2, Hkv, D], any strides; result int64 [B, T, Hkv, budget],
-ascending, -1 behind the last. Source: arXiv 2509.24663; MiniCPM-SALA specification 9.2 to 9.5.
-"""
+"""The block choice in plain torch: the formula row by row, and the form that a CPU runs; see the package."""
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from salalocal.kernels.block_topk.geometry import BlockGeometry
 from salalocal.kernels.pooled_keys import num_pooled
 
 MAX_TILE_SCORES = 1 << 18  # scores per head held at once; 2 MiB in float64
 MIN_TILE_ROWS = 32  # fewer rows make slow products, so for very many keys the keys are cut as well
 TIE_SLACK = 1e-11  # float64 inputs only: their scores are not rounded to fp32, so equal keys differ in the last bits
-COARSE_FACTOR = 4  # k2 is pooled over windows and strides four times those of k1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockGeometry:
-    """The sizes of the block choice, named as in `sparse_config`. Units: tokens; init_blocks and topk count blocks."""
-
-    kernel_size: int
-    kernel_stride: int
-    block_size: int
-    init_blocks: int
-    window_size: int
-    topk: int
-
-    def __post_init__(self) -> None:
-        if (
-            min(self.kernel_size, self.kernel_stride, self.block_size) < 1
-            or min(self.init_blocks, self.window_size) < 0
-        ):
-            raise ValueError(f"block geometry has a size out of range: {self}")
-        if self.kernel_size % self.kernel_stride or self.block_size % self.kernel_stride:
-            raise ValueError(f"kernel_stride divides neither or only one of kernel_size and block_size: {self}")
-        if self.window_size % self.block_size:
-            raise ValueError(f"block_size does not divide window_size: {self}")
-        if self.topk <= self.init_blocks:
-            raise ValueError(f"topk leaves no room for the init blocks and the row's own block: {self}")
-
-    @property
-    def local_blocks(self) -> int:
-        """Blocks before the row's own that are always picked."""
-        return self.window_size // self.block_size
-
-    @property
-    def budget(self) -> int:
-        """Blocks that a row picks once it has that many."""
-        return self.topk + self.local_blocks
-
-    @property
-    def reach(self) -> int:
-        """Positions below this pick every block up to their own, which is dense attention. Units: tokens."""
-        return self.budget * self.block_size
-
-    @property
-    def free_blocks(self) -> int:
-        """Blocks of the budget that the scores decide."""
-        return self.topk - self.init_blocks - 1
-
-    @property
-    def pooled_per_block(self) -> int:
-        """k1 windows that start in one block: m."""
-        return self.block_size // self.kernel_stride
-
-    @property
-    def overlap(self) -> int:
-        """k1 windows that start before a block and reach into it: r - 1."""
-        return self.kernel_size // self.kernel_stride - 1
-
-    @property
-    def coarse_kernel_size(self) -> int:
-        """Window of k2."""
-        return COARSE_FACTOR * self.kernel_size
-
-    @property
-    def coarse_kernel_stride(self) -> int:
-        """Stride of k2."""
-        return COARSE_FACTOR * self.kernel_stride
 
 
 def block_topk_definition(
@@ -99,7 +20,7 @@ def block_topk_definition(
 ) -> Tensor:
     """Pick row by row, in float64."""
     batch, num_rows, num_heads, _ = q.shape
-    group = _heads_per_group(q, k1, k2, first_position, num_tokens, geometry)
+    group = heads_per_group(q, k1, k2, first_position, num_tokens, geometry)
     picks = torch.full((batch, num_rows, num_heads // group, geometry.budget), -1)
     for b in range(batch):
         for i in range(num_rows):
@@ -147,7 +68,7 @@ def block_topk_reference(
     Shapes: see the module; num_tokens is the length of the sequence whose complete windows k1 and k2 hold.
     Raises: ValueError when shapes do not fit or pooled keys are missing.
     """
-    group = _heads_per_group(q, k1, k2, first_position, num_tokens, geometry)
+    group = heads_per_group(q, k1, k2, first_position, num_tokens, geometry)
     batch, num_rows, num_heads, _ = q.shape
     picks = torch.empty(batch, num_rows, num_heads // group, geometry.budget, dtype=torch.int64, device=q.device)
     num_short = min(max(0, geometry.reach - first_position), num_rows)
@@ -167,13 +88,6 @@ def block_topk_reference(
         scores = _block_scores(q[:, start:end], k1, k2, first_position + start, geometry, scale)
         picks[:, start:end, :, free] = _largest(scores, geometry.free_blocks) + geometry.init_blocks
     return picks
-
-
-def block_topk(
-    q: Tensor, k1: Tensor, k2: Tensor, first_position: int, num_tokens: int, geometry: BlockGeometry, scale: float
-) -> Tensor:
-    """What the model calls; see `block_topk_reference`."""
-    return block_topk_reference(q, k1, k2, first_position, num_tokens, geometry, scale)
 
 
 def _block_scores(
@@ -262,7 +176,7 @@ def _largest(scores: Tensor, count: int) -> Tensor:
     return is_picked.nonzero()[:, -1].view(*scores.shape[:-1], count)
 
 
-def _heads_per_group(
+def heads_per_group(
     q: Tensor, k1: Tensor, k2: Tensor, first_position: int, num_tokens: int, geometry: BlockGeometry
 ) -> int:
     """Check the shapes and return how many query heads share a KV head."""

@@ -1,0 +1,246 @@
+"""InfLLM-V2 prefill on a GPU: block choice and attention of one layer, 8,192 queries on a long cache.
+
+    python benchmarks/sparse_attention.py --out FILE [--tokens 262144 ...] [--search] [--seconds N]
+
+Correctness comes first: the choice against the reference in float64 on some rows (overlap of picked blocks), the
+attention against float64. Then times with a cold cache beside torch's dense attention. Two kinds of queries: alike
+neighbours (each is the one before, somewhat changed), and independent ones, which share nothing but the local blocks.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.timing import ColdTimer
+from salalocal.kernels import block_attention as attention_room
+from salalocal.kernels import block_topk as choice_room
+from salalocal.kernels.block_attention import decode as attention_decode
+from salalocal.kernels.block_attention import prefill as attention
+from salalocal.kernels.block_topk import BlockGeometry
+from salalocal.kernels.block_topk import decode as choice_decode
+from salalocal.kernels.block_topk import prefill as choice
+from salalocal.kernels.pooled_keys import num_pooled, pooled_keys
+
+HEADS, GROUPS, DIM = 32, 2, 128
+SCALE = DIM**-0.5
+GEOMETRY = BlockGeometry(kernel_size=32, kernel_stride=16, block_size=64, init_blocks=1, window_size=2048, topk=64)
+CHOICES = [
+    choice.PrefillLaunch(rows, keys, segment, warps, stages, registers)
+    for rows, keys, segment, warps, stages, registers in [
+        (128, 128, 12, 8, 2, None), (128, 128, 12, 8, 2, 128), (128, 128, 12, 8, 3, None), (128, 64, 24, 8, 3, None),
+        (128, 64, 24, 8, 3, 128), (128, 64, 24, 4, 3, None), (64, 64, 24, 4, 3, None), (64, 64, 24, 4, 3, 168),
+        (64, 64, 24, 4, 3, 128), (64, 128, 12, 4, 2, None), (64, 128, 12, 4, 2, 168), (64, 128, 12, 8, 3, 128),
+        (256, 64, 24, 8, 2, None), (128, 64, 12, 8, 4, 128),
+    ]
+]  # fmt: skip
+ATTENTIONS = [
+    attention.PrefillLaunch(rows, warps, stages)
+    for rows, warps, stages in [(4, 4, 2), (4, 4, 3), (4, 8, 2), (8, 8, 2), (8, 4, 2), (8, 8, 3), (2, 4, 2), (2, 4, 3)]
+]
+
+
+@dataclasses.dataclass
+class Layer:
+    """Tensors of one sparse layer."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    k1: torch.Tensor
+    k2: torch.Tensor
+    first: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.k.shape[1]
+
+    def choose(self, rows: slice = slice(None)) -> torch.Tensor:
+        q = self.q[:, rows]
+        first = self.first + (rows.start or 0)
+        return choice.block_topk_triton(q, self.k1, self.k2, first, self.num_tokens, GEOMETRY, SCALE)
+
+    def attend(self, picks: torch.Tensor) -> torch.Tensor:
+        return attention.block_attention_triton(self.q, self.k, self.v, picks, self.first, GEOMETRY.block_size, SCALE)
+
+
+def draw(num_tokens: int, num_queries: int, is_alike: bool, seed: int) -> Layer:
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.float32)
+
+    k = randn(1, num_tokens, GROUPS, DIM).bfloat16()
+    v = randn(1, num_tokens, GROUPS, DIM).bfloat16()
+    q = randn(1, num_queries, HEADS, DIM)
+    if is_alike:
+        keep = 0.98
+        for i in range(1, num_queries):
+            q[:, i] = keep * q[:, i - 1] + math.sqrt(1 - keep**2) * q[:, i]
+    geometry = GEOMETRY
+    n1 = num_pooled(num_tokens, geometry.kernel_size, geometry.kernel_stride)
+    n2 = num_pooled(num_tokens, geometry.coarse_kernel_size, geometry.coarse_kernel_stride)
+    k1 = pooled_keys(k, 0, n1, geometry.kernel_size, geometry.kernel_stride)
+    k2 = pooled_keys(k, 0, n2, geometry.coarse_kernel_size, geometry.coarse_kernel_stride)
+    return Layer((4 * q).bfloat16(), k, v, k1, k2, num_tokens - num_queries)
+
+
+def check(layer: Layer) -> dict[str, float]:
+    """Overlap of the choice with float64's, and the error of the attention over torch's own in the same dtype."""
+    rows = slice(max(0, layer.q.shape[1] // 2 - 3), layer.q.shape[1] // 2 + 10)
+    first = layer.first + rows.start
+    q = layer.q[:, rows].double()
+    exact = choice_room.block_topk_reference(
+        q, layer.k1.double(), layer.k2.double(), first, layer.num_tokens, GEOMETRY, SCALE
+    )
+    picks = layer.choose(rows)
+    same = sum(
+        len(set(a.tolist()) & set(b.tolist()))
+        for a, b in zip(picks[0].flatten(0, 1), exact[0].flatten(0, 1), strict=True)
+    )
+    overlap = same / (picks.shape[1] * picks.shape[2] * picks.shape[3])
+    few = (layer.q[:, rows], layer.k, layer.v, exact, first, GEOMETRY.block_size, SCALE)
+    wide = attention_room.block_attention_reference(q, *(x.double() for x in (layer.k, layer.v)), *few[3:])
+    errors = [
+        float((form(*few).double() - wide).norm() / wide.norm())
+        for form in (attention.block_attention_triton, attention_room.block_attention_reference)
+    ]
+    assert overlap > 0.999, f"overlap of picked blocks {overlap:.5f}"
+    assert errors[0] < 2 * errors[1] + 1e-4, f"attention errs {errors}"
+    return {"choice_overlap": overlap, "attention_error": errors[0], "torch_error": errors[1]}
+
+
+def dense(layer: Layer, backend: SDPBackend) -> torch.Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (layer.q, layer.k, layer.v))
+    from torch.nn.attention.bias import causal_lower_right
+
+    with sdpa_kernel(backend):
+        if backend == SDPBackend.CUDNN_ATTENTION:  # knows no mask for rows at the end of longer keys: all keys are seen
+            return scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return scaled_dot_product_attention(
+            q, k, v, attn_mask=causal_lower_right(q.shape[2], k.shape[2]), enable_gqa=True
+        )
+
+
+def search(layer: Layer, picks: torch.Tensor, timer: ColdTimer, deadline: float) -> dict[str, dict[str, float]]:
+    """Times of every candidate setting; those that fail say so."""
+    capability = choice.compute_capability(layer.q.device)
+    key = max(known for known in choice.LAUNCH if known <= capability)
+    found: dict[str, dict[str, float]] = {"choice": {}, "attention": {}}
+
+    for name, room, launches, call in (
+        ("choice", choice, CHOICES, layer.choose),
+        ("attention", attention, ATTENTIONS, lambda: layer.attend(picks)),
+    ):
+        committed = room.LAUNCH[key]
+        for launch in launches:
+            if time.monotonic() > deadline:
+                break
+            room.LAUNCH[key] = launch
+            try:
+                found[name][str(dataclasses.astuple(launch))] = timer.time(call, runs=5).median_us
+            except Exception as error:
+                found[name][str(dataclasses.astuple(launch))] = math.nan
+                print(f"{name} {launch}: {type(error).__name__} {str(error)[:100]}", flush=True)
+        room.LAUNCH[key] = committed
+        best = sorted((us, setting) for setting, us in found[name].items() if us == us)
+        for us, setting in best:
+            print(f"  {name} {setting}: {us:,.0f} us", flush=True)
+    return found
+
+
+def decode(layer: Layer, num_rows: int, timer: ColdTimer) -> dict[str, float]:
+    """Microseconds of choice and attention of the last rows, in a graph over copies that do not fit the cache."""
+    bytes_read = layer.k1.nbytes + layer.k2.nbytes + 12 * 2**20
+    copies = [layer] + [
+        dataclasses.replace(layer, **{name: getattr(layer, name).clone() for name in ("k", "v", "k1", "k2")})
+        for _ in range(min(7, 3 * 2**26 // bytes_read))
+    ]
+    position = torch.tensor([layer.num_tokens - num_rows], device="cuda")
+    q = layer.q[:, -num_rows:].contiguous()
+
+    def choose(one: Layer) -> torch.Tensor:
+        return choice_decode.block_topk_decode(q, one.k1, one.k2, position, GEOMETRY, SCALE)
+
+    picks = choose(layer)
+    exact = choice_room.block_topk_reference(
+        q.double(), layer.k1.double(), layer.k2.double(), layer.num_tokens - num_rows, layer.num_tokens, GEOMETRY, SCALE
+    )
+    same = [
+        set(a.tolist()) & set(b.tolist()) for a, b in zip(picks[0].flatten(0, 1), exact[0].flatten(0, 1), strict=True)
+    ]
+    overlap = sum(map(len, same)) / picks.numel()
+    assert overlap > 0.99, f"decode picks overlap {overlap}"
+
+    def attend(one: Layer, blocks: torch.Tensor) -> torch.Tensor:
+        return attention_decode.block_attention_decode(q, one.k, one.v, blocks, position, GEOMETRY.block_size, SCALE)
+
+    found = attend(layer, exact)
+    first = layer.num_tokens - num_rows
+    wide = attention_room.block_attention_reference(
+        q.double(), layer.k.double(), layer.v.double(), exact, first, GEOMETRY.block_size, SCALE
+    )
+    error = float((found.double() - wide).norm() / wide.norm())
+    assert error < 5e-3, f"decode attention errs {error}"
+    return {
+        "overlap": overlap,
+        "error": error,
+        "choice_us": timer.time_graph([lambda one=one: choose(one) for one in copies], repeats=4).median_us,
+        "attention_us": timer.time_graph([lambda one=one: attend(one, exact) for one in copies], repeats=4).median_us,
+        "both_us": timer.time_graph([lambda one=one: attend(one, choose(one)) for one in copies], repeats=4).median_us,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072, 262144])
+    parser.add_argument("--queries", type=int, default=8192)
+    parser.add_argument("--search", action="store_true")
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    deadline = time.monotonic() + arguments.seconds
+    timer = ColdTimer()
+    results = []
+    for num_tokens in arguments.tokens:
+        for is_alike in (True, False):
+            if time.monotonic() > deadline:
+                print("out of time", flush=True)
+                break
+            layer = draw(num_tokens, min(arguments.queries, num_tokens // 2), is_alike, arguments.seed)
+            row: dict[str, object] = {"num_tokens": num_tokens, "alike": is_alike, **check(layer)}
+            picks = layer.choose()
+            _, counts = attention.merge_blocks(picks, attention.prefill_launch(90).rows)
+            row["blocks_per_union"] = float(counts.float().mean())
+            if arguments.search and num_tokens == max(arguments.tokens):
+                row["search"] = search(layer, picks, timer, deadline)
+            row["choice_us"] = timer.time(layer.choose).median_us
+            row["attention_us"] = timer.time(lambda layer=layer, picks=picks: layer.attend(picks)).median_us
+            row["merge_us"] = timer.time(lambda picks=picks: attention.merge_blocks(picks, 4)).median_us
+            if is_alike:
+                for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
+                    try:
+                        row[f"dense_{name}_us"] = timer.time(
+                            lambda layer=layer, backend=backend: dense(layer, backend), runs=3
+                        ).median_us
+                    except RuntimeError as error:
+                        print(f"dense {name}: {str(error)[:120]}", flush=True)
+                row["decode"] = {num_rows: decode(layer, num_rows, timer) for num_rows in (1, 4, 16)}
+            results.append(row)
+            print({name: value for name, value in row.items() if name != "search"}, flush=True)
+    if arguments.out:
+        device = torch.cuda.get_device_name()
+        versions = {"torch": torch.__version__, "triton": choice.triton.__version__}
+        document = {"device": device, "versions": versions, "seed": arguments.seed, "results": results}
+        arguments.out.write_text(json.dumps(document, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""The block choice for one or a few rows on a GPU, spread over the whole card; see the package.
+
+Three launches, none of which needs a number from the host, so a captured step stays valid as the sequence grows:
+    normalise   every program: peak and sum of exp over its slice of the coarse keys
+    score       every program: the normaliser out of all slices, then the block scores of its slice
+    choose      one program a row and KV head: the largest scores, bit by bit
+The position of the first row is read from the device. Scores are logarithms in fp32, as for many rows.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from salalocal.kernels.backend import compute_capability, num_multiprocessors, tl, triton
+from salalocal.kernels.block_topk.geometry import BlockGeometry
+from salalocal.kernels.block_topk.prefill import LOG2_E, check_supported
+from salalocal.kernels.block_topk.reference import heads_per_group
+from salalocal.kernels.block_topk.scoring import is_among_largest, log_sum_over_heads, pool_to_blocks
+
+MAX_ROWS = 16  # a step of speculative decoding; more rows are prefill's
+
+
+@dataclass(frozen=True)
+class DecodeLaunch:
+    """Tile sizes. `tile_keys`: k1 or k2 at a time; `programs_per_core`: slices per multiprocessor."""
+
+    tile_keys: int
+    programs_per_core: int
+    num_warps: int
+    num_stages: int
+
+
+# By compute capability; the one at or below the card's is taken.
+LAUNCH = {80: DecodeLaunch(tile_keys=64, programs_per_core=1, num_warps=4, num_stages=3)}
+
+
+def decode_launch(capability: int) -> DecodeLaunch:
+    """The committed setting for a card."""
+    return LAUNCH[max(known for known in LAUNCH if known <= capability)]
+
+
+@triton.jit
+def _load_queries(
+    q_ptr, stride_qt, stride_qh, group, num_rows, TILE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr
+):
+    """All heads of a KV head of all rows, [TILE, DIM]; rows behind the last are zeros."""
+    row, head = tl.arange(0, TILE) // HEADS, group * HEADS + tl.arange(0, TILE) % HEADS
+    at = (row * stride_qt + head * stride_qh)[:, None] + tl.arange(0, DIM)[None, :]
+    return tl.load(q_ptr + at, mask=row[:, None] < num_rows, other=0.0)
+
+
+@triton.jit
+def _normalise_kernel(
+    q_ptr, k2_ptr, position_ptr, parts_ptr, num_rows, log2_scale, stride_qt, stride_qh, stride_kn, stride_kh,
+    TILE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, COARSE_SIZE: tl.constexpr,
+    COARSE_STRIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program: peak and sum, in binary logarithms, of a slice of k2 for a KV head. Parts [Hkv, slices, 2, TILE]."""
+    group, part = tl.program_id(1), tl.program_id(0)
+    first = tl.load(position_ptr).to(tl.int32)
+    q = _load_queries(q_ptr, stride_qt, stride_qh, group, num_rows, TILE, HEADS, DIM)
+    seen = (first + tl.arange(0, TILE) // HEADS + 1 - COARSE_SIZE) // COARSE_STRIDE + 1
+    num_keys = (first + num_rows - COARSE_SIZE) // COARSE_STRIDE + 1
+    per_part = tl.cdiv(tl.cdiv(num_keys, KEYS), tl.num_programs(0)) * KEYS
+    k2_ptr += group * stride_kh
+    peak = tl.full([TILE], -1.0e30, tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    dims = tl.arange(0, DIM)
+    for start in tl.range(part * per_part, tl.minimum((part + 1) * per_part, num_keys), KEYS, num_stages=STAGES):
+        keys = start + tl.arange(0, KEYS)
+        k2 = tl.load(k2_ptr + keys[:, None] * stride_kn + dims[None, :], mask=keys[:, None] < num_keys, other=0.0)
+        w = tl.dot(q, tl.trans(k2), input_precision=PRECISION) * log2_scale
+        w = tl.where(keys[None, :] < seen[:, None], w, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(w, 1))
+        total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(w - new_peak[:, None]), 1)
+        peak = new_peak
+    at = parts_ptr + (group * tl.num_programs(0) + part) * (2 * TILE) + tl.arange(0, TILE)
+    tl.store(at, peak)
+    tl.store(at + TILE, total)
+
+
+@triton.jit
+def _score_kernel(
+    q_ptr, k1_ptr, position_ptr, parts_ptr, scores_ptr, num_rows, num_parts, capacity, log2_scale,
+    stride_qt, stride_qh, stride_kn, stride_kh,
+    ROWS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
+    PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr, LOCAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program: the scores of one slice of blocks for a KV head. Scores [ROWS, Hkv, capacity]."""
+    TILE: tl.constexpr = ROWS * HEADS
+    BLOCKS: tl.constexpr = KEYS // PER_BLOCK
+    BEFORE: tl.constexpr = 16  # what tl.dot takes at least
+    group, part = tl.program_id(1), tl.program_id(0)
+    first = tl.load(position_ptr).to(tl.int32)
+    q = tl.trans(_load_queries(q_ptr, stride_qt, stride_qh, group, num_rows, TILE, HEADS, DIM))
+    k1_ptr += group * stride_kh
+    dims = tl.arange(0, DIM)
+
+    slices = tl.arange(0, PARTS)
+    parts_at = parts_ptr + (group * num_parts + slices[:, None]) * (2 * TILE) + tl.arange(0, TILE)[None, :]
+    peaks = tl.load(parts_at, mask=slices[:, None] < num_parts, other=-1.0e30)
+    totals = tl.load(parts_at + TILE, mask=slices[:, None] < num_parts, other=0.0)
+    peak = tl.max(peaks, 0)
+    normaliser = peak + tl.log2(tl.sum(totals * tl.exp2(peaks - peak[None, :]), 0))
+
+    end_block = (first + num_rows - 1) // BLOCK - LOCAL
+    num_keys = end_block * PER_BLOCK
+    per_part = tl.cdiv(tl.cdiv(num_keys, KEYS), tl.num_programs(0)) * KEYS
+    begin = part * per_part
+    lanes = tl.arange(0, BLOCKS)
+    # The window in front of the slice reaches into its first block.
+    front = begin - BEFORE + tl.arange(0, BEFORE)
+    is_front = (front >= 0) & (front < num_keys)
+    front_k1 = tl.load(k1_ptr + front[:, None] * stride_kn + dims[None, :], mask=is_front[:, None], other=0.0)
+    front_z = tl.dot(front_k1, q, input_precision=PRECISION) * log2_scale - normaliser[None, :]
+    front_score = log_sum_over_heads(front_z, BEFORE, ROWS, HEADS)
+    is_last = is_front & (tl.arange(0, BEFORE) == BEFORE - 1)
+    before = tl.max(tl.where(is_last[:, None], front_score, float("-inf")), 0)
+    for start in tl.range(begin, tl.minimum(begin + per_part, num_keys), KEYS, num_stages=STAGES):
+        keys = start + tl.arange(0, KEYS)
+        k1 = tl.load(k1_ptr + keys[:, None] * stride_kn + dims[None, :], mask=keys[:, None] < num_keys, other=0.0)
+        z = tl.dot(k1, q, input_precision=PRECISION) * log2_scale - normaliser[None, :]
+        score = log_sum_over_heads(z, KEYS, ROWS, HEADS)
+        pooled, before = pool_to_blocks(score, before, BLOCKS, PER_BLOCK, ROWS)
+        block = start // PER_BLOCK + lanes
+        at = (tl.arange(0, ROWS)[None, :] * tl.num_programs(1) + group) * capacity + block[:, None]
+        tl.store(scores_ptr + at, pooled, mask=(block < end_block)[:, None])
+
+
+@triton.jit
+def _choose_kernel(
+    scores_ptr, position_ptr, picks_ptr, num_groups, capacity, stride_pt, stride_pg,
+    BLOCKS: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, FREE: tl.constexpr,
+    BUDGET: tl.constexpr, BUDGET_TILE: tl.constexpr,
+):  # fmt: skip
+    """One program: the picks of one row and KV head, ascending; ties go to the lower block."""
+    row, group = tl.program_id(0), tl.program_id(1)
+    own = (tl.load(position_ptr).to(tl.int32) + row) // BLOCK
+    picks_ptr += row * stride_pt + group * stride_pg
+    columns = tl.arange(0, BUDGET_TILE)
+    if own < BUDGET:  # every block fits
+        tl.store(picks_ptr + columns, tl.where(columns <= own, columns, -1).to(tl.int64), mask=columns < BUDGET)
+    else:
+        block = tl.arange(0, BLOCKS)[None, :]
+        can_be = (block >= INIT) & (block < own - LOCAL)
+        score = tl.load(scores_ptr + (row * num_groups + group) * capacity + block, mask=can_be, other=0.0)
+        is_picked = is_among_largest(score, can_be, FREE, 1)
+        at = INIT + tl.cumsum(is_picked.to(tl.int32), 1) - 1
+        tl.store(picks_ptr + at, block.to(tl.int64), mask=is_picked)
+        forced = tl.where(columns < INIT, columns, own - LOCAL + columns - INIT - FREE)
+        is_forced = ((columns < INIT) | (columns >= INIT + FREE)) & (columns < BUDGET)
+        tl.store(picks_ptr + columns, forced.to(tl.int64), mask=is_forced)
+
+
+def block_topk_decode(
+    q: Tensor, k1: Tensor, k2: Tensor, position: Tensor, geometry: BlockGeometry, scale: float
+) -> Tensor:
+    """The blocks of up to 16 rows, the first of which sits at `position`; k1 and k2 may hold room for more keys.
+
+    Launches are the same for every position. Shapes: q [1, T, Hq, D]; k1 [1, N1, Hkv, D]; k2 [1, N2, Hkv, D];
+    position int32 or int64 [1] on the device; result int64 [1, T, Hkv, budget], -1 behind the last.
+    Raises: ValueError for shapes that do not fit; BackendError for a geometry or dtype that is not known.
+    """
+    if q.shape[0] != 1 or not 1 <= q.shape[1] <= MAX_ROWS:
+        raise ValueError(f"q is {tuple(q.shape)}, needed are 1 to {MAX_ROWS} rows of one sequence")
+    heads = heads_per_group(q, k1, k2, 0, q.shape[1], geometry)
+    check_supported(q, k1, k2, heads, geometry)
+    launch = decode_launch(compute_capability(q.device))
+    constants = decode_constants(launch, geometry, heads, q)
+    num_rows, num_groups = q.shape[1], k1.shape[2]
+    tile = constants["ROWS"] * heads
+    num_parts = max(1, num_multiprocessors(q.device) * launch.programs_per_core // num_groups)
+    capacity = k1.shape[1] // geometry.pooled_per_block + 1
+    parts = torch.empty(num_groups, num_parts, 2, tile, dtype=torch.float32, device=q.device)
+    scores = torch.empty(constants["ROWS"], num_groups, capacity, dtype=torch.float32, device=q.device)
+    picks = torch.empty(1, num_rows, num_groups, geometry.budget, dtype=torch.int64, device=q.device)
+    settings = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    q_strides = (q.stride(1), q.stride(2))
+    _normalise_kernel[(num_parts, num_groups)](
+        q, k2, position, parts, num_rows, scale * LOG2_E, *q_strides, k2.stride(1), k2.stride(2),
+        TILE=tile, **_only(constants, "HEADS DIM KEYS COARSE_SIZE COARSE_STRIDE PRECISION STAGES"), **settings,
+    )  # fmt: skip
+    _score_kernel[(num_parts, num_groups)](
+        q, k1, position, parts, scores, num_rows, num_parts, capacity, scale * LOG2_E,
+        *q_strides, k1.stride(1), k1.stride(2), PARTS=triton.next_power_of_2(num_parts),
+        **_only(constants, "ROWS HEADS DIM KEYS PER_BLOCK BLOCK LOCAL PRECISION STAGES"), **settings,
+    )  # fmt: skip
+    blocks = triton.next_power_of_2(capacity)
+    _choose_kernel[(num_rows, num_groups)](
+        scores, position, picks, num_groups, capacity, picks.stride(1), picks.stride(2), BLOCKS=blocks,
+        **_only(constants, "BLOCK INIT LOCAL FREE BUDGET BUDGET_TILE"), num_warps=choose_warps(blocks),
+    )  # fmt: skip
+    return picks
+
+
+def choose_warps(blocks: int) -> int:
+    """Warps of the last launch: at most 32 scores a thread."""
+    return min(32, max(4, blocks // 1024))
+
+
+def decode_constants(launch: DecodeLaunch, geometry: BlockGeometry, heads: int, q: Tensor) -> dict[str, Any]:
+    """The compile-time arguments of the three kernels."""
+    return {
+        "ROWS": max(triton.next_power_of_2(q.shape[1]), 16 // heads),
+        "HEADS": heads,
+        "DIM": q.shape[3],
+        "KEYS": max(launch.tile_keys, geometry.pooled_per_block),
+        "COARSE_SIZE": geometry.coarse_kernel_size,
+        "COARSE_STRIDE": geometry.coarse_kernel_stride,
+        "PER_BLOCK": geometry.pooled_per_block,
+        "BLOCK": geometry.block_size,
+        "INIT": geometry.init_blocks,
+        "LOCAL": geometry.local_blocks,
+        "FREE": geometry.free_blocks,
+        "BUDGET": geometry.budget,
+        "BUDGET_TILE": triton.next_power_of_2(geometry.budget),
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "STAGES": launch.num_stages,
+    }
+
+
+def _only(constants: dict[str, Any], names: str) -> dict[str, Any]:
+    return {name: constants[name] for name in names.split()}

@@ -1,0 +1,256 @@
+"""The block choice for many rows on a GPU: scores and choice in one kernel, no score leaves it; see the package.
+
+A program takes a few neighbouring rows with all heads of a KV head. It walks k2 for the normaliser of every head, then
+k1: products, log of the sum over the heads, maximum per block. Blocks that can still be among a row's largest are
+appended to a short list, which is cut back to the largest ones when it fills: a row of n blocks lets about
+free_blocks * log(n / capacity) more of them in. So memory does not grow with the number of keys.
+Scores are compared as logarithms in fp32: no score overflows and no ranking is lost to underflow.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from salalocal.errors import BackendError
+from salalocal.kernels.backend import compute_capability, tl, triton
+from salalocal.kernels.block_topk.geometry import BlockGeometry
+from salalocal.kernels.block_topk.reference import heads_per_group
+from salalocal.kernels.block_topk.scoring import is_among_largest, log_sum_over_heads, pool_to_blocks
+
+LOG2_E = 1.4426950408889634
+_FINEST_DIM = 16  # what tl.dot takes at least
+
+
+@dataclass(frozen=True)
+class PrefillLaunch:
+    """Tile sizes. `tile_rows`: query rows times heads; `tile_keys`: k1 or k2 at a time; `segment_tiles`: tiles between
+    two looks at the length of the lists."""
+
+    tile_rows: int
+    tile_keys: int
+    segment_tiles: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None  # per thread; what the rare cutting of the lists spills for it costs little
+
+
+# By compute capability; the one at or below the card's is taken.
+LAUNCH = {
+    80: PrefillLaunch(tile_rows=128, tile_keys=64, segment_tiles=24, num_warps=8, num_stages=3),
+    86: PrefillLaunch(tile_rows=128, tile_keys=64, segment_tiles=24, num_warps=8, num_stages=2),
+    90: PrefillLaunch(tile_rows=128, tile_keys=128, segment_tiles=12, num_warps=8, num_stages=3),
+    120: PrefillLaunch(tile_rows=128, tile_keys=64, segment_tiles=24, num_warps=8, num_stages=2),
+}
+
+
+def prefill_launch(capability: int) -> PrefillLaunch:
+    """The committed setting for a card."""
+    return LAUNCH[max(known for known in LAUNCH if known <= capability)]
+
+
+@triton.jit
+def _cut_lists(scores_ptr, blocks_ptr, counts, ROWS: tl.constexpr, CAPACITY: tl.constexpr, FREE: tl.constexpr):
+    """Keep the FREE largest of every row's list in the order they came, ties to the earlier; the least one kept."""
+    columns = tl.arange(0, CAPACITY)[None, :]
+    at = tl.arange(0, ROWS)[:, None] * CAPACITY + columns
+    is_there = columns < counts[:, None]
+    tl.debug_barrier()  # what other threads appended must be seen
+    scores = tl.load(scores_ptr + at, mask=is_there, other=0.0)
+    is_kept = is_among_largest(scores, is_there, FREE, ROWS)
+    kept = is_kept.to(tl.int32)
+    to = tl.arange(0, ROWS)[:, None] * CAPACITY + tl.cumsum(kept, 1) - 1
+    blocks = tl.load(blocks_ptr + at, mask=is_kept, other=0)
+    tl.debug_barrier()
+    tl.store(scores_ptr + to, scores, mask=is_kept)
+    tl.store(blocks_ptr + to, blocks, mask=is_kept)
+    tl.debug_barrier()
+    counts = tl.sum(kept, 1)
+    least = tl.min(tl.where(is_kept, scores, float("inf")), 1)
+    return tl.where(counts < FREE, float("-inf"), least), counts
+
+
+@triton.jit
+def _log_normaliser(
+    q, k2_ptr, stride_k2, seen, log2_scale, num_full, num_keys,
+    TILE: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Binary log of the sum of exp over the `seen` [TILE] coarse keys of each row and head; num_full are whole tiles
+    that all of them see."""
+    peak = tl.full([TILE], float("-inf"), tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    keys = tl.arange(0, KEYS)
+    dims = tl.arange(0, DIM)
+    for start in tl.range(0, num_full, KEYS):
+        k2 = tl.load(k2_ptr + (start + keys)[:, None] * stride_k2 + dims[None, :])
+        w = tl.dot(q, tl.trans(k2), input_precision=PRECISION) * log2_scale
+        new_peak = tl.maximum(peak, tl.max(w, 1))
+        total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(w - new_peak[:, None]), 1)
+        peak = new_peak
+    for start in tl.range(num_full, num_keys, KEYS):
+        columns = start + keys
+        k2 = tl.load(k2_ptr + columns[:, None] * stride_k2 + dims[None, :], mask=columns[:, None] < num_keys, other=0.0)
+        w = tl.dot(q, tl.trans(k2), input_precision=PRECISION) * log2_scale
+        w = tl.where(columns[None, :] < seen[:, None], w, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(w, 1))
+        total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(w - new_peak[:, None]), 1)
+        peak = new_peak
+    return peak + tl.log2(total)
+
+
+@triton.jit
+def _block_topk_prefill_kernel(
+    q_ptr, k1_ptr, k2_ptr, picks_ptr, scores_ptr, blocks_ptr, first_position, num_rows, num_groups, log2_scale,
+    stride_qb, stride_qt, stride_qh, stride_k1b, stride_k1n, stride_k1h, stride_k2b, stride_k2n, stride_k2h,
+    stride_pb, stride_pt, stride_pg,
+    ROWS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, SEGMENT: tl.constexpr,
+    CAPACITY: tl.constexpr, COARSE_SIZE: tl.constexpr, COARSE_STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, FREE: tl.constexpr, BUDGET: tl.constexpr,
+    BUDGET_TILE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program: ROWS query rows of one KV head. CAPACITY holds a segment's blocks beside the FREE ones kept."""
+    TILE: tl.constexpr = ROWS * HEADS
+    BLOCKS: tl.constexpr = KEYS // PER_BLOCK
+    batch, group = tl.program_id(1) // num_groups, tl.program_id(1) % num_groups
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    dims = tl.arange(0, DIM)
+    own = (first_position + rows) // BLOCK
+    tile_rows = tl.program_id(0) * ROWS + tl.arange(0, TILE) // HEADS
+    heads = group * HEADS + tl.arange(0, TILE) % HEADS
+    q_at = batch * stride_qb + tile_rows * stride_qt + heads * stride_qh
+    q = tl.load(q_ptr + q_at[:, None] + dims[None, :], mask=tile_rows[:, None] < num_rows, other=0.0)
+
+    first = first_position + tl.program_id(0) * ROWS
+    last = tl.minimum(first_position + num_rows, first + ROWS) - 1
+    seen = (first_position + tile_rows + 1 - COARSE_SIZE) // COARSE_STRIDE + 1
+    num_full = ((first + 1 - COARSE_SIZE) // COARSE_STRIDE + 1) // KEYS * KEYS
+    num_coarse = (last + 1 - COARSE_SIZE) // COARSE_STRIDE + 1
+    normaliser = _log_normaliser(
+        q, k2_ptr + batch * stride_k2b + group * stride_k2h, stride_k2n, seen, log2_scale, num_full, num_coarse,
+        TILE, KEYS, DIM, PRECISION,
+    )  # fmt: skip
+
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    scores_ptr += program.to(tl.int64) * (ROWS * CAPACITY)
+    blocks_ptr += program.to(tl.int64) * (ROWS * CAPACITY)
+    k1_ptr += batch * stride_k1b + group * stride_k1h
+    list_at = tl.arange(0, ROWS) * CAPACITY
+    end_block = last // BLOCK - LOCAL
+    num_keys = end_block * PER_BLOCK
+    counts = tl.zeros([ROWS], tl.int32)
+    least = tl.full([ROWS], float("-inf"), tl.float32)
+    before = tl.full([ROWS], float("-inf"), tl.float32)  # the score of the key in front of the tile
+    q = tl.trans(q)
+    lanes = tl.arange(0, BLOCKS)
+    for segment in tl.range(0, num_keys, SEGMENT * KEYS):
+        for start in tl.range(segment, tl.minimum(segment + SEGMENT * KEYS, num_keys), KEYS, num_stages=STAGES):
+            keys = start + tl.arange(0, KEYS)
+            k1 = tl.load(k1_ptr + keys[:, None] * stride_k1n + dims[None, :], mask=keys[:, None] < num_keys, other=0.0)
+            z = tl.dot(k1, q, input_precision=PRECISION) * log2_scale - normaliser[None, :]  # [KEYS, TILE]
+            score = log_sum_over_heads(z, KEYS, ROWS, HEADS)
+            pooled, before = pool_to_blocks(score, before, BLOCKS, PER_BLOCK, ROWS)
+            block = start // PER_BLOCK + lanes
+            can_enter = (block >= INIT)[:, None] & (block[:, None] < (own - LOCAL)[None, :]) & (pooled > least[None, :])
+            entering = can_enter.to(tl.int32)
+            at = list_at[None, :] + counts[None, :] + tl.cumsum(entering, 0) - 1
+            tl.store(scores_ptr + at, pooled, mask=can_enter)
+            tl.store(blocks_ptr + at, tl.broadcast_to(block[:, None], [BLOCKS, ROWS]), mask=can_enter)
+            counts += tl.sum(entering, 0)
+        if tl.max(counts) > CAPACITY - SEGMENT * BLOCKS:
+            least, counts = _cut_lists(scores_ptr, blocks_ptr, counts, ROWS, CAPACITY, FREE)
+    least, counts = _cut_lists(scores_ptr, blocks_ptr, counts, ROWS, CAPACITY, FREE)
+
+    columns = tl.arange(0, BUDGET_TILE)[None, :]
+    is_free = (columns >= INIT) & (columns < INIT + FREE)
+    free = tl.load(blocks_ptr + list_at[:, None] + columns - INIT, mask=is_free, other=0)
+    local = own[:, None] - LOCAL + columns - INIT - FREE
+    picks = tl.where(columns < INIT, columns, tl.where(is_free, free, local))
+    picks_at = batch * stride_pb + rows[:, None] * stride_pt + group * stride_pg + columns
+    tl.store(picks_ptr + picks_at, picks.to(tl.int64), mask=(rows[:, None] < num_rows) & (columns < BUDGET))
+
+
+def block_topk_triton(
+    q: Tensor, k1: Tensor, k2: Tensor, first_position: int, num_tokens: int, geometry: BlockGeometry, scale: float
+) -> Tensor:
+    """See `block_topk_reference`; keys and queries in bf16, fp16 or fp32 with the last axis dense.
+
+    Raises: ValueError as the reference; BackendError for a geometry or dtype that the kernel does not know.
+    """
+    heads = heads_per_group(q, k1, k2, first_position, num_tokens, geometry)
+    check_supported(q, k1, k2, heads, geometry)
+    batch, num_rows, num_heads, _ = q.shape
+    num_groups = num_heads // heads
+    picks = torch.empty(batch, num_rows, num_groups, geometry.budget, dtype=torch.int64, device=q.device)
+    num_short = min(max(0, geometry.reach - first_position), num_rows)
+    if num_short:
+        own = (first_position + torch.arange(num_short, device=q.device)) // geometry.block_size
+        every = torch.arange(geometry.budget, device=q.device)
+        picks[:, :num_short] = every.where(every <= own[:, None], -1)[:, None]
+    if num_short < num_rows:
+        _launch(q[:, num_short:], k1, k2, picks[:, num_short:], first_position + num_short, geometry, scale)
+    return picks
+
+
+def _launch(
+    q: Tensor, k1: Tensor, k2: Tensor, picks: Tensor, first_position: int, geometry: BlockGeometry, scale: float
+) -> None:
+    batch, num_rows, num_heads, dim = q.shape
+    num_groups = picks.shape[2]
+    heads = num_heads // num_groups
+    launch = prefill_launch(compute_capability(q.device))
+    constants = prefill_constants(launch, geometry, heads, dim, q.dtype)
+    rows = constants["ROWS"]
+    grid = (-(-num_rows // rows), batch * num_groups)
+    lists = (grid[0] * grid[1], rows, constants["CAPACITY"])
+    scores = torch.empty(lists, dtype=torch.float32, device=q.device)
+    blocks = torch.empty(lists, dtype=torch.int32, device=q.device)
+    _block_topk_prefill_kernel[grid](
+        q, k1, k2, picks, scores, blocks, first_position, num_rows, num_groups, scale * LOG2_E,
+        *q.stride()[:3], *k1.stride()[:3], *k2.stride()[:3], *picks.stride()[:3],
+        **constants, num_warps=launch.num_warps, num_stages=launch.num_stages, maxnreg=launch.max_registers,
+    )  # fmt: skip
+
+
+def prefill_constants(
+    launch: PrefillLaunch, geometry: BlockGeometry, heads: int, dim: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The compile-time arguments of the kernel."""
+    keys = max(launch.tile_keys, geometry.pooled_per_block)
+    segment_blocks = launch.segment_tiles * keys // geometry.pooled_per_block
+    return {
+        "ROWS": max(1, launch.tile_rows // heads),
+        "HEADS": heads,
+        "DIM": dim,
+        "KEYS": keys,
+        "SEGMENT": launch.segment_tiles,
+        "CAPACITY": triton.next_power_of_2(segment_blocks + geometry.free_blocks),
+        "COARSE_SIZE": geometry.coarse_kernel_size,
+        "COARSE_STRIDE": geometry.coarse_kernel_stride,
+        "PER_BLOCK": geometry.pooled_per_block,
+        "BLOCK": geometry.block_size,
+        "INIT": geometry.init_blocks,
+        "LOCAL": geometry.local_blocks,
+        "FREE": geometry.free_blocks,
+        "BUDGET": geometry.budget,
+        "BUDGET_TILE": triton.next_power_of_2(geometry.budget),
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "STAGES": launch.num_stages,
+    }
+
+
+def check_supported(q: Tensor, k1: Tensor, k2: Tensor, heads: int, geometry: BlockGeometry) -> None:
+    """Raises BackendError for what no kernel of the block choice knows."""
+    dim = q.shape[-1]
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not q.dtype == k1.dtype == k2.dtype:
+        raise BackendError(f"block choice of {q.dtype}, {k1.dtype}, {k2.dtype}: one of bf16, fp16, fp32 is needed")
+    if any(x.stride(-1) != 1 for x in (q, k1, k2)):
+        raise BackendError("block choice: the last axis of q, k1 and k2 must be dense")
+    sizes = {"heads per KV head": heads, "head size": dim, "pooled keys per block": geometry.pooled_per_block}
+    for name, size in sizes.items():
+        if size & (size - 1) or size > 256:
+            raise BackendError(f"block choice: {name} is {size}, a power of two up to 256 is needed")
+    if dim < _FINEST_DIM or geometry.overlap != 1 or min(geometry.local_blocks, geometry.free_blocks) < 1:
+        raise BackendError(f"block choice: head size {dim} with {geometry} is not supported")
+    if geometry.reach < geometry.coarse_kernel_size:
+        raise BackendError(f"block choice: rows beyond {geometry.reach} tokens may see no coarse key: {geometry}")

@@ -1,0 +1,197 @@
+"""The kernel of the block choice against the reference in float64: random and adversarial inputs, edges of blocks."""
+
+import math
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from salalocal.errors import BackendError
+from salalocal.kernels.block_topk import BlockGeometry, block_topk_reference, block_topk_triton, decode, prefill
+from salalocal.kernels.pooled_keys import num_pooled, pooled_keys_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GEOMETRY = BlockGeometry(kernel_size=8, kernel_stride=4, block_size=16, init_blocks=1, window_size=32, topk=6)
+SCALE = 0.3
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows and keys at a time, so that small inputs have many tiles, and lists that fill and are cut."""
+    launch = prefill.PrefillLaunch(tile_rows=16, tile_keys=16, segment_tiles=3, num_warps=4, num_stages=2)
+    monkeypatch.setattr(prefill, "LAUNCH", {80: launch})
+    slices = decode.DecodeLaunch(tile_keys=16, programs_per_core=6, num_warps=4, num_stages=2)
+    monkeypatch.setattr(decode, "LAUNCH", {80: slices})
+
+
+def draw(seed: int, num_tokens: int, num_rows: int, heads: int = 4, groups: int = 2) -> tuple[Tensor, Tensor]:
+    """Queries and keys in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    q = 2 * torch.randn(1, num_rows, heads * groups, 16, generator=generator, dtype=torch.float64)
+    return q, torch.randn(1, num_tokens, groups, 16, generator=generator, dtype=torch.float64)
+
+
+def pooled(keys: Tensor, geometry: BlockGeometry = GEOMETRY) -> tuple[Tensor, Tensor]:
+    sizes = [
+        (geometry.kernel_size, geometry.kernel_stride),
+        (geometry.coarse_kernel_size, geometry.coarse_kernel_stride),
+    ]
+    fine, coarse = (
+        pooled_keys_reference(keys, 0, num_pooled(keys.shape[1], kernel, stride), kernel, stride)
+        for kernel, stride in sizes
+    )
+    return fine, coarse
+
+
+def choose(q: Tensor, keys: Tensor, dtype: torch.dtype, geometry: BlockGeometry = GEOMETRY) -> tuple[Tensor, Tensor]:
+    """What the kernel picks, and what the reference picks in float64 from the same rounded inputs."""
+    k1, k2 = pooled(keys.to(dtype), geometry)
+    rows = q.to(dtype)
+    first, num_tokens = keys.shape[1] - q.shape[1], keys.shape[1]
+    found = block_topk_triton(*(x.to(DEVICE) for x in (rows, k1, k2)), first, num_tokens, geometry, SCALE).cpu()
+    exact = block_topk_reference(rows.double(), k1.double(), k2.double(), first, num_tokens, geometry, SCALE)
+    return found, exact
+
+
+def num_different(found: Tensor, exact: Tensor) -> int:
+    return int((found != exact).any(-1).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("past_block", [1, 15, 0])
+def test_picks_what_float64_picks(dtype: torch.dtype, past_block: int, seed: int) -> None:
+    q, keys = draw(seed, 16 * random.Random(seed).randrange(24, 40) + past_block, 9)
+    found, exact = choose(q, keys, dtype)
+    assert found.shape == exact.shape and found.dtype == exact.dtype
+    assert num_different(found, exact) <= 1  # a margin below rounding may turn one row
+
+
+def test_rows_around_the_reach(seed: int) -> None:
+    """Rows whose blocks all fit pick them all, padded with -1; the first one beyond leaves one out."""
+    reach = GEOMETRY.reach
+    q, keys = draw(seed, reach + 5, 12)
+    found, exact = choose(q, keys, torch.float32)
+    assert num_different(found, exact) == 0
+    assert found[0, 6].tolist() == [[*range(8)]] * 2 and (found[0, -1] >= 0).all()
+
+
+def test_early_rows_are_padded(seed: int) -> None:
+    q, keys = draw(seed, 20, 20)
+    found, exact = choose(q, keys, torch.float32)
+    assert torch.equal(found, exact) and found[0, 0, 0].tolist() == [0] + [-1] * 7
+
+
+def test_equal_keys_go_to_the_lower_blocks(seed: int) -> None:
+    q, keys = (x.round() for x in draw(seed, 500, 5))  # whole numbers: their products are exact in any order
+    keys[:] = keys[:, :1]
+    found, exact = choose(q, keys, torch.float32)
+    assert torch.equal(found, exact)
+    assert found[0, 0, 0].tolist()[:5] == [0, 1, 2, 3, 4]
+
+
+def test_scores_that_rise_with_every_block_fill_the_lists_again_and_again(seed: int) -> None:
+    q, keys = draw(seed, 700, 3)
+    keys = torch.linspace(0.1, 3, 700, dtype=torch.float64)[None, :, None, None] * keys[:, :1].abs()
+    found, exact = choose(q.abs(), keys, torch.float32)
+    assert torch.equal(found, exact)
+    own = (700 - 3) // 16
+    assert found[0, 0, 0].tolist() == [0, *range(own - 6, own + 1)]
+
+
+@pytest.mark.parametrize("strength", [1e2, 1e3])
+def test_one_dominating_key_does_not_hide_the_others(strength: float, seed: int) -> None:
+    q, keys = draw(seed, 400, 8)
+    keys[:, random.Random(seed).randrange(400)] = strength
+    found, exact = choose(q, keys, torch.float32)
+    assert num_different(found, exact) <= 1
+
+
+def test_a_planted_key_is_always_picked(seed: int) -> None:
+    q, keys = draw(seed, 400, 4, heads=4, groups=1)
+    for block in random.Random(seed).sample(range(1, 20), 2):
+        planted = keys.clone()
+        planted[:, 16 * block + 5 : 16 * block + 11, 0] = 3 * q.mean((1, 2))
+        q_alike = q.mean((1, 2), keepdim=True) + 0.1 * q
+        found, _ = choose(q_alike, planted, torch.bfloat16)
+        assert (found == block).any(-1).all()
+
+
+def test_values_that_are_no_numbers_give_valid_blocks(seed: int) -> None:
+    q, keys = draw(seed, 400, 4)
+    keys[:, 100] = math.nan
+    keys[:, 200] = 1e30
+    k1, k2 = pooled(keys.float())
+    found = block_topk_triton(*(x.to(DEVICE) for x in (q.float(), k1, k2)), 396, 400, GEOMETRY, SCALE).cpu()
+    for row in found[0].flatten(0, 1).tolist():
+        assert row == sorted(set(row)) and row[0] == 0 and row[-3:] == [22, 23, 24]
+
+
+def test_any_cut_into_calls_and_any_strides_pick_the_same(seed: int) -> None:
+    q, keys = draw(seed, 460, 11)
+    k1, k2 = (x.float().to(DEVICE) for x in pooled(keys))
+    rows = q.float().to(DEVICE)
+    whole = block_topk_triton(rows, k1, k2, 449, 460, GEOMETRY, SCALE)
+    cut = 1 + seed % 9
+    parts = [(0, cut), (cut, 11)]
+    pieces = [block_topk_triton(rows[:, a:b], k1, k2, 449 + a, 449 + b, GEOMETRY, SCALE) for a, b in parts]
+    assert torch.equal(torch.cat(pieces, 1), whole)
+    wide = torch.full((1, 8, 13, 16), math.nan, device=DEVICE)
+    wide[:, :, 1:12] = rows.transpose(1, 2)
+    strided = [wide.transpose(1, 2)[:, 1:12], *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k1, k2))]
+    assert torch.equal(block_topk_triton(*strided, 449, 460, GEOMETRY, SCALE), whole)
+
+
+def test_batches_are_independent(seed: int) -> None:
+    draws = [draw(seed + i, 300, 3) for i in range(2)]
+    q, keys = (torch.cat(parts) for parts in zip(*draws, strict=True))
+    found, exact = choose(q, keys, torch.float32)
+    assert num_different(found, exact) == 0
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "block", "window", "message"),
+    [
+        (16, 4, 16, 32, "not supported"),  # windows reach over two others
+        (6, 3, 18, 36, "per block is 6"),
+        (8, 4, 16, 0, "not supported"),  # a row's own block is the only local one
+    ],
+)
+def test_geometry_that_is_not_supported_is_named(
+    kernel: int, stride: int, block: int, window: int, message: str
+) -> None:
+    geometry = BlockGeometry(
+        kernel_size=kernel, kernel_stride=stride, block_size=block, init_blocks=1, window_size=window, topk=6
+    )
+    q, keys = draw(0, 300, 2)
+    with pytest.raises(BackendError, match=message):
+        block_topk_triton(q.float(), *pooled(keys.float(), geometry), 298, 300, geometry, SCALE)
+
+
+def test_dtype_that_is_not_supported_is_named() -> None:
+    q, keys = draw(0, 300, 2)
+    with pytest.raises(BackendError, match="float64"):
+        block_topk_triton(q, *pooled(keys), 298, 300, GEOMETRY, SCALE)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_rows"), [(733, 1), (689, 4), (129, 3), (97, 2), (20, 5)])
+def test_decode_picks_what_float64_picks_in_a_cache_with_room(num_tokens: int, num_rows: int, seed: int) -> None:
+    q, keys = draw(seed, num_tokens, num_rows)
+    k1, k2 = pooled(keys.float())
+    exact = block_topk_reference(
+        q.float().double(), k1.double(), k2.double(), num_tokens - num_rows, num_tokens, GEOMETRY, SCALE
+    )
+    room = torch.full((1, 37, 2, 16), math.nan)
+    tensors = (q.float(), torch.cat([k1, room], 1), torch.cat([k2, room], 1), torch.tensor([num_tokens - num_rows]))
+    found = decode.block_topk_decode(*(x.to(DEVICE) for x in tensors), GEOMETRY, SCALE).cpu()
+    assert num_different(found, exact) <= 1
+
+
+def test_decode_gives_ties_to_the_lower_blocks(seed: int) -> None:
+    q, keys = (x.round() for x in draw(seed, 500, 2))
+    keys[:] = keys[:, :1]
+    k1, k2 = pooled(keys.float())
+    found = decode.block_topk_decode(
+        *(x.to(DEVICE) for x in (q.float(), k1, k2, torch.tensor([498]))), GEOMETRY, SCALE
+    ).cpu()
+    assert found[0, 0, 0].tolist() == [0, 1, 2, 3, 4, 29, 30, 31]
