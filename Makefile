@@ -5,7 +5,10 @@ BIN := .venv/bin
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-gpu check format install clean
+# A benchmark by name, its options in ARGS: make bench OP=int4_matmul ARGS='--seconds 100'
+OP ?= int4_matmul
+
+.PHONY: demo test test-gpu bench check format install clean
 
 demo: install  ## the main job: the built-in model reads the example archive and answers a question about it
 	$(BIN)/salalocal ask --model builtin --file examples/beacon.tar.gz "What is the value of MAX_RETRIES in config.py?"
@@ -15,6 +18,9 @@ test: install  ## all tests that need no GPU
 
 test-gpu: install  ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu tests/gpu
+
+bench: install  ## one of benchmarks/, on the machine's CUDA device: OP=int4_matmul
+	PYTHONPATH=. $(BIN)/python benchmarks/$(OP).py $(ARGS)
 
 check: install  ## format, lint, types, who may import whom
 	$(BIN)/ruff format --check .

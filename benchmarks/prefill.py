@@ -1,6 +1,7 @@
 """How fast a model reads and writes: wall time of a whole prefill, and of tokens drawn after it.
 
     python benchmarks/prefill.py --ctx 16384                          # the built-in model on this machine
+    python benchmarks/prefill.py --model builtin:bf16                 # its unquantized form, or any other model
     python benchmarks/prefill.py --ctx 16384 --profile                # where the time goes
     python benchmarks/prefill.py --shape released --device cuda       # random weights of the 9B shape, bf16
 
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 
 from salalocal.checkpoint.checkpoint import Checkpoint
-from salalocal.checkpoint.hub import resolve_model
+from salalocal.checkpoint.hub import find_model
 from salalocal.engine.engine import Engine, EngineConfig
 from salalocal.engine.load import load_model
 from salalocal.engine.sampling_params import SamplingParams
@@ -28,11 +29,11 @@ from salalocal.prompt.tokenizer import Tokenizer
 ROOT = Path(__file__).parents[1]
 
 
-def builtin(device: torch.device, ctx: int) -> tuple[SalaModel, list[int]]:
-    """The built-in model, and text for it."""
-    folder = resolve_model("builtin")
+def stored(name: str, device: torch.device, ctx: int) -> tuple[SalaModel, list[int]]:
+    """A model on this machine, and text for it."""
+    folder = find_model(name)
     text = "\n".join(path.read_text() for path in sorted((ROOT / "salalocal").rglob("*.py")))
-    ids = Tokenizer.from_folder(folder).encode(text)
+    ids = Tokenizer.from_folder(folder.path).encode(text)
     return load_model(Checkpoint.open(folder), device), (ids * (ctx // len(ids) + 1))[:ctx]
 
 
@@ -68,16 +69,25 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--chunk-size", type=int, default=512)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--shape", choices=("builtin", "released"), default="builtin")
+    parser.add_argument("--model", default="builtin")
+    parser.add_argument("--shape", choices=("stored", "released"), default="stored", help="released: random weights")
     parser.add_argument("--profile", action="store_true", help="also print the costliest operations of one read")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    model, ids = (builtin if arguments.shape == "builtin" else released)(device, arguments.ctx)
+    if arguments.shape == "released":
+        model, ids = released(device, arguments.ctx)
+    else:
+        model, ids = stored(arguments.model, device, arguments.ctx)
     engine = Engine(model, EngineConfig(arguments.chunk_size))
     machine = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     )
-    about = {"shape": arguments.shape, "ctx": arguments.ctx, "chunk_size": arguments.chunk_size, "device": machine}
+    about = {
+        "model": arguments.model if arguments.shape == "stored" else arguments.shape,
+        "ctx": arguments.ctx,
+        "chunk_size": arguments.chunk_size,
+        "device": machine,
+    }
     about |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": str(model.dtype)}
     measure(engine, ids[:1_024], 2)  # warm up
     runs = [measure(engine, ids, arguments.gen) for _ in range(arguments.runs)]

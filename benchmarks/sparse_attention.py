@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import math
+import multiprocessing
 import time
 from pathlib import Path
 
@@ -32,17 +33,28 @@ HEADS, GROUPS, DIM = 32, 2, 128
 SCALE = DIM**-0.5
 GEOMETRY = BlockGeometry(kernel_size=32, kernel_stride=16, block_size=64, init_blocks=1, window_size=2048, topk=64)
 CHOICES = [
-    choice.PrefillLaunch(rows, keys, segment, warps, stages, registers)
-    for rows, keys, segment, warps, stages, registers in [
-        (128, 128, 12, 8, 2, None), (128, 128, 12, 8, 2, 128), (128, 128, 12, 8, 3, None), (128, 64, 24, 8, 3, None),
-        (128, 64, 24, 8, 3, 128), (128, 64, 24, 4, 3, None), (64, 64, 24, 4, 3, None), (64, 64, 24, 4, 3, 168),
-        (64, 64, 24, 4, 3, 128), (64, 128, 12, 4, 2, None), (64, 128, 12, 4, 2, 168), (64, 128, 12, 8, 3, 128),
-        (256, 64, 24, 8, 2, None), (128, 64, 12, 8, 4, 128),
+    choice.PrefillLaunch(*setting)
+    for setting in [
+        (128, 128, 8, 8, 2, 2, 128), (128, 64, 16, 8, 3, 2, 128), (128, 64, 16, 4, 2, 3, 168),
+        (64, 64, 16, 4, 3, 4, 128),
+        (64, 64, 16, 4, 3, 3, 168), (64, 128, 8, 4, 2, 3, 168), (64, 128, 8, 8, 2, 2, 128), (128, 64, 16, 4, 2, 2, 255),
     ]
 ]  # fmt: skip
-ATTENTIONS = [
-    attention.PrefillLaunch(rows, warps, stages)
-    for rows, warps, stages in [(4, 4, 2), (4, 4, 3), (4, 8, 2), (8, 8, 2), (8, 4, 2), (8, 8, 3), (2, 4, 2), (2, 4, 3)]
+ATTENTIONS = [attention.PrefillLaunch(*setting) for setting in [(4, 4, 3), (4, 4, 2), (4, 4, 4), (8, 8, 3)]]
+DECODE_CHOICES = [
+    choice_decode.DecodeLaunch(*setting)
+    for setting in [
+        (64, 1, 4, 3),
+        (64, 2, 4, 3),
+        (64, 4, 4, 2),
+        (128, 1, 4, 2),
+        (128, 2, 4, 2),
+        (32, 4, 2, 3),
+        (64, 2, 2, 3),
+    ]
+]
+DECODE_ATTENTIONS = [
+    attention_decode.DecodeLaunch(*setting) for setting in [(48, 4, 2), (96, 4, 1), (32, 4, 3), (24, 4, 2), (48, 2, 2)]
 ]
 
 
@@ -130,29 +142,73 @@ def dense(layer: Layer, backend: SDPBackend) -> torch.Tensor:
 
 def search(layer: Layer, picks: torch.Tensor, timer: ColdTimer, deadline: float) -> dict[str, dict[str, float]]:
     """Times of every candidate setting; those that fail say so."""
-    capability = choice.compute_capability(layer.q.device)
-    key = max(known for known in choice.LAUNCH if known <= capability)
-    found: dict[str, dict[str, float]] = {"choice": {}, "attention": {}}
+    found: dict[str, dict[str, float]] = {}
+    position = torch.tensor([layer.num_tokens - 1], device="cuda")
+    q = layer.q[:, -1:].contiguous()
+    last = layer.choose(slice(layer.q.shape[1] - 1, None))
+
+    def choose_one() -> torch.Tensor:
+        return choice_decode.block_topk_decode(q, layer.k1, layer.k2, position, GEOMETRY, SCALE)
+
+    def attend_one() -> torch.Tensor:
+        return attention_decode.block_attention_decode(q, layer.k, layer.v, last, position, GEOMETRY.block_size, SCALE)
 
     for name, room, launches, call in (
         ("choice", choice, CHOICES, layer.choose),
         ("attention", attention, ATTENTIONS, lambda: layer.attend(picks)),
+        ("decode choice", choice_decode, DECODE_CHOICES, choose_one),
+        ("decode attention", attention_decode, DECODE_ATTENTIONS, attend_one),
     ):
-        committed = room.LAUNCH[key]
+        found[name] = {}
+        committed = dict(room.LAUNCH)
         for launch in launches:
             if time.monotonic() > deadline:
                 break
-            room.LAUNCH[key] = launch
+            room.LAUNCH.update(dict.fromkeys(committed, launch))
             try:
-                found[name][str(dataclasses.astuple(launch))] = timer.time(call, runs=5).median_us
+                timing = timer.time_graph([call], repeats=20) if "decode" in name else timer.time(call, runs=5)
+                found[name][str(dataclasses.astuple(launch))] = timing.median_us
             except Exception as error:
-                found[name][str(dataclasses.astuple(launch))] = math.nan
                 print(f"{name} {launch}: {type(error).__name__} {str(error)[:100]}", flush=True)
-        room.LAUNCH[key] = committed
-        best = sorted((us, setting) for setting, us in found[name].items() if us == us)
-        for us, setting in best:
-            print(f"  {name} {setting}: {us:,.0f} us", flush=True)
+        room.LAUNCH.update(committed)
+        for us, setting in sorted((us, setting) for setting, us in found[name].items()):
+            print(f"  {name} {setting}: {us:,.1f} us", flush=True)
     return found
+
+
+def compile_share(share: int, num_shares: int) -> None:
+    """Compile every num_shares-th candidate into the cache on disk, by running it on a short sequence."""
+    layer = draw(32_768, 64, is_alike=False, seed=0)
+    picks = layer.choose()
+    position = torch.tensor([layer.num_tokens - 1], device="cuda")
+    q = layer.q[:, -1:].contiguous()
+    calls = {
+        choice: layer.choose,
+        attention: lambda: layer.attend(picks),
+        choice_decode: lambda: choice_decode.block_topk_decode(q, layer.k1, layer.k2, position, GEOMETRY, SCALE),
+        attention_decode: lambda: attention_decode.block_attention_decode(
+            q, layer.k, layer.v, picks[:, -1:], position, GEOMETRY.block_size, SCALE
+        ),
+    }
+    lists = ((choice, CHOICES), (attention, ATTENTIONS), (choice_decode, DECODE_CHOICES))
+    jobs = [(room, launch) for room, launches in (*lists, (attention_decode, DECODE_ATTENTIONS)) for launch in launches]
+    for room, launch in jobs[share::num_shares]:
+        room.LAUNCH.update(dict.fromkeys(room.LAUNCH, launch))
+        try:
+            calls[room]()
+        except Exception as error:
+            print(f"{launch}: {type(error).__name__} {str(error)[:100]}", flush=True)
+    torch.cuda.synchronize()
+
+
+def compile_all(num_shares: int = 11) -> None:
+    """All candidates, side by side."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=compile_share, args=(share, num_shares)) for share in range(num_shares)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
 
 
 def decode(layer: Layer, num_rows: int, timer: ColdTimer) -> dict[str, float]:
@@ -207,6 +263,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
+    if arguments.search:
+        compile_all()
+        print(f"compiled, {deadline - time.monotonic():.0f} s left", flush=True)
     timer = ColdTimer()
     results = []
     for num_tokens in arguments.tokens:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -236,7 +236,9 @@ def plan(
     gpu_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory of the card, such as 16g; else what is free here.")
     ] = None,
-    weights: Annotated[str | None, typer.Option(metavar="NAME", help="bf16, fp16, fp32 or int4.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="NAME", help="bf16, fp16, fp32, int8, int4, nf4 or fp4.")
+    ] = None,
     kv_cache: Annotated[str | None, typer.Option(metavar="NAME", help="bf16, fp32 or int8.")] = None,
     json_: Json = False,
     quiet: Quiet = False,
@@ -270,14 +272,22 @@ def quantize(
     *,
     model: ModelName = None,
     bits: Annotated[int, typer.Option(metavar="N", help="4 or 8.")] = 4,
-    method: Annotated[str, typer.Option(metavar="NAME", help="rtn, or gptq, which needs --calibration.")] = "rtn",
+    method: Annotated[
+        str | None, typer.Option(metavar="NAME", help="gptq, rtn, nf4 or fp4; else gptq, on a CPU for small models.")
+    ] = None,
     group_size: Annotated[
-        int, typer.Option(metavar="N", help="Weights that share a scale: 128, 64, 32 or less.")
-    ] = 128,
-    sensitive: Annotated[int, typer.Option(metavar="N", help="Bits of q, k and v of the sparse layers.")] = 4,
+        str | None,
+        typer.Option(metavar="N", help="Weights that share a scale: 128, 64, 32 or less, or row; else 128, nf4 64."),
+    ] = None,
+    sensitive: Annotated[
+        int | None, typer.Option(metavar="N", help="Bits of q, k and v of the sparse layers; else --bits.")
+    ] = None,
+    lm_head: Annotated[int, typer.Option(metavar="N", help="Bits of the output layer: 8, or 16 as it is.")] = 16,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="PATH", help="Folder to make; else among your data.")] = None,
     calibration: Annotated[
-        list[str] | None, typer.Option(metavar="PATH", help="Text for gptq: file, folder or archive. Repeatable.")
+        list[str] | None,
+        typer.Option(metavar="PATH", help="Text for gptq: file, folder or archive; else a shipped mix. Repeatable."),
     ] = None,
     calibration_tokens: Annotated[str, typer.Option(metavar="N", help="Most of its tokens to use.")] = "128k",
     json_: Json = False,
@@ -286,24 +296,84 @@ def quantize(
     """Write a 4-bit copy of a model.
 
     Reads and writes one layer at a time, so the model may be larger than memory. A run that was
-    stopped goes on where it was when the same command is given again.
+    stopped goes on where it was when the same command is given again. What the copy has lost is
+    measured at the end, on text that it was not calibrated on.
     """
-    from salalocal.quant.recipe import QuantizeOptions
-    from salalocal.session.quantizing import QuantizeRequest, quantize_model
+    from salalocal.evals.comparison import measure_copy
+    from salalocal.quant.recipe import QuantizeOptions, parse_group_size
+    from salalocal.session.quantizing import QuantizeRequest, quantize_model, usual_method
     from salalocal.session.start import Sources
     from salalocal.terminal.console import make_terminal
+    from salalocal.terminal.eval_view import EvalView
     from salalocal.terminal.quantize_view import QuantizeView, card_json, card_lines
 
-    settings, terminal = load_settings({"model": model}), make_terminal(quiet)
-    options = QuantizeOptions(method, bits, group_size, sensitive)
+    settings, terminal = load_settings({"model": model, "device": device}), make_terminal(quiet)
+    method = method or usual_method(settings, terminal.tell)
+    options = QuantizeOptions(
+        method, bits, parse_group_size(group_size, method), bits if sensitive is None else sensitive, head_bits=lm_head
+    )
     texts = Sources(tuple(calibration or ()), "path", stdin=sys.stdin.buffer)
     request = QuantizeRequest(options, out, texts, parse_tokens(calibration_tokens))
-    with closing(QuantizeView(terminal)) as view:
-        made = quantize_model(settings, request, view.show, terminal.tell)
+    with closing(QuantizeView(terminal)) as view, closing(EvalView(terminal)) as eval_view:
+        measure = partial(measure_copy, settings, on_progress=eval_view.show, tell=terminal.tell)
+        made = quantize_model(settings, request, view.show, terminal.tell, measure)
     if json_:
         _write_json(card_json(made))
     else:
         terminal.write("".join(f"{line}\n" for line in card_lines(made)))
+
+
+evaluations = typer.Typer(
+    help="Measure a model.",
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+app.add_typer(evaluations, name="eval")
+
+
+@evaluations.callback(invoke_without_command=True)
+def _eval(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        sys.stderr.write(context.get_help() + "\n\n")
+        raise RequestError("no evaluation given", "salalocal eval divergence --model MODEL --against COPY")
+
+
+@evaluations.command()
+def divergence(
+    *,
+    model: ModelName = None,
+    against: Annotated[str, typer.Option(metavar="MODEL", help="The quantized copy.", show_default=False)],
+    file: Annotated[
+        list[str] | None,
+        typer.Option("--file", "-f", metavar="PATH", help="Text to evaluate on; else a shipped one. Repeatable."),
+    ] = None,
+    ctx: Annotated[str, typer.Option(metavar="N", help="Tokens of a sequence, at most.")] = "16k",
+    tokens: Annotated[str, typer.Option(metavar="N", help="Tokens in all, at most.")] = "32k",
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N.")] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="NAME", help="bfloat16, float16 or float32.")] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare a quantized copy with its original.
+
+    Both models read the same text, one after the other: perplexity of both, KL divergence of the copy
+    from the original, and how often both find the same token likeliest.
+    """
+    from salalocal.evals.comparison import DivergenceRequest, compare_by_name
+    from salalocal.session.start import Sources
+    from salalocal.terminal.console import make_terminal
+    from salalocal.terminal.eval_view import EvalView, divergence_lines
+
+    settings = load_settings({"model": model, "device": device, "dtype": dtype})
+    terminal = make_terminal(quiet)
+    sources = Sources(tuple(file or ()), "path", stdin=sys.stdin.buffer)
+    request = DivergenceRequest(against, sources, parse_tokens(ctx), parse_tokens(tokens))
+    with closing(EvalView(terminal)) as view:
+        comparison = compare_by_name(settings, request, view.show, terminal.tell)
+    if json_:
+        _write_json(comparison.to_json())
+    else:
+        terminal.write("".join(f"{line}\n" for line in divergence_lines(comparison.to_json())))
 
 
 def _write_json(document: dict[str, Any]) -> None:

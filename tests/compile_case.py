@@ -30,7 +30,8 @@ class CompileCase:
 
     `types`: by argument, such as "*bf16", "*i32", "i32", "fp32", or "tensordesc<...>"; `constants`: constexprs and
     arguments that launch as None or 1. `divisible`: arguments that are multiples of 16 (aligned pointers, strides):
-    without it loads are narrow and the figures mean nothing. `max_spill_bytes`: stores, that are known and measured.
+    without it loads are narrow and the figures mean nothing. `max_registers`: what a thread is held to by its launch.
+    `max_spill_bytes`: stores, that are known and measured.
     """
 
     name: str
@@ -42,6 +43,7 @@ class CompileCase:
     divisible: tuple[str, ...] = ()
     architectures: tuple[int, ...] = ARCHITECTURES
     max_spill_bytes: int = 0
+    max_registers: int | None = None
 
 
 @dataclass
@@ -85,7 +87,7 @@ def compile_case(case: CompileCase, architecture: int) -> Compiled:
         constexprs={(names.index(name),): value for name, value in case.constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.max_registers}
     compiled = Compiled(case.name, architecture, max_spill_bytes=case.max_spill_bytes)
     try:
         built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
@@ -93,11 +95,11 @@ def compile_case(case: CompileCase, architecture: int) -> Compiled:
         compiled.error = f"{type(error).__name__}: {error}"[:400]
         return compiled
     compiled.shared_bytes = built.metadata.shared
-    _read_resources(compiled, built.asm["ptx"])
+    _read_resources(compiled, built.asm["ptx"], case.max_registers)
     return compiled
 
 
-def _read_resources(compiled: Compiled, ptx: str) -> None:
+def _read_resources(compiled: Compiled, ptx: str, max_registers: int | None) -> None:
     """Registers and spills are told by ptxas alone, so it is run once more."""
     from triton.backends.nvidia.compiler import get_ptxas
 
@@ -107,6 +109,7 @@ def _read_resources(compiled: Compiled, ptx: str) -> None:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
         command = [get_ptxas(compiled.architecture).path, "-v", f"--gpu-name={target[1]}", path, "-o", f"{path}.cubin"]
+        command += [f"--maxrregcount={max_registers}"] if max_registers else []
         told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers, spills = re.search(r"Used (\d+) registers", told), re.search(r"(\d+) bytes spill stores", told)
     assert registers is not None

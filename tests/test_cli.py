@@ -13,11 +13,15 @@ import pytest
 import tiny_model
 
 from salalocal.cli import app
+from salalocal.evals import comparison
+from salalocal.quant.quantizer import Quantizer
+from salalocal.quant.recipe import QuantizeOptions
+from salalocal.session.texts import TokenText
 from salalocal.settings import READERS
 from salalocal.terminal.exits import run
 
 GOLDEN = Path(__file__).parent / "golden"
-COMMANDS = ("chat", "ask", "tokens", "plan", "quantize")
+COMMANDS = ("chat", "ask", "tokens", "plan", "quantize", "eval", "eval divergence")
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +61,7 @@ def salalocal(*arguments: str, **options: Any) -> "subprocess.CompletedProcess[b
 def test_help_is_as_documented(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """SALALOCAL_WRITE_GOLDEN=1 writes the files anew."""
     assert run(app, [*command.split(), "--help"]) == 0
-    shown, path = capsys.readouterr().out, GOLDEN / f"help-{command or 'salalocal'}.txt"
+    shown, path = capsys.readouterr().out, GOLDEN / f"help-{command.replace(' ', '-') or 'salalocal'}.txt"
     if os.environ.get("SALALOCAL_WRITE_GOLDEN"):
         path.write_text(shown)
     assert shown == path.read_text()
@@ -105,7 +109,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "openbmb/MiniCPM-SALA", "--ctx", "1m", "--gpu-memory", "8g"], 3, "does not fit"),
         (["plan", "openbmb/MiniCPM-SALA", "--gpu-memory", "much"], 2, "much"),
         (["quantize", "--bits", "3"], 2, "4, 8"),
-        (["quantize", "--method", "gptq", "--group-size", "8"], 2, "--calibration"),
+        (["eval"], 2, "error: no evaluation given"),
+        (["eval", "divergence"], 2, "--against"),
+        (["eval", "divergence", "--against", "nobody/nothing"], 5, "hf download nobody/nothing"),
+        (["eval", "divergence", "--against", "builtin", "--ctx", "much"], 2, "much"),
+        (["eval", "divergence", "--against", "builtin", "-f", "missing.txt"], 4, "missing.txt"),
         (["quantize", "--calibration", "missing.txt"], 4, "missing.txt"),
         (["ask", "what?", "--device", "cuda:99"], 6, "cuda"),
     ],
@@ -220,6 +228,14 @@ def test_sampling_flags_reach_the_model(folder: Path, capsys: pytest.CaptureFixt
     assert ask(folder, "what?", "--stop", "", "--json") == 2
 
 
+@pytest.fixture
+def short_shipped_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shipped evaluation text would take a tiny model half a minute."""
+    text = TokenText("the shipped evaluation text", (tuple(range(1, 200)),))
+    monkeypatch.setattr(comparison, "shipped_text", lambda name, codec: text)
+
+
+@pytest.mark.usefixtures("short_shipped_text")
 def test_quantize_makes_a_model_that_answers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = folder / "small"
     arguments = ["quantize", "--bits", "4", "--model", str(folder / "model"), "--group-size", "8", "--out", str(out)]
@@ -228,13 +244,30 @@ def test_quantize_makes_a_model_that_answers(folder: Path, capsys: pytest.Captur
     captured = capsys.readouterr()
     assert captured.out.startswith("gptq, 4 bits, groups of 8\n") and f"result: {out}" in captured.err
     assert "calibration: " in captured.err and "skipped" in captured.err
+    assert "evaluating on 199 of the 199 tokens" in captured.err and "\nperplexity      " in captured.out
     assert run(app, ["ask", "--model", str(out), "--max-tokens", "4", "-f", str(folder / "docs"), "what?"]) == 0
     capsys.readouterr()
     assert run(app, [*arguments, *gptq, "--json", "--quiet"]) == 0  # done already
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["folder"] == str(out) and captured.err == ""
+    card = json.loads(captured.out)
+    assert card["folder"] == str(out) and card["quality"]["num_tokens"] == 198 and captured.err == ""
     assert run(app, arguments) == 2
     assert "exists" in capsys.readouterr().err
+
+
+def test_eval_divergence_compares_a_copy_with_its_original(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, copy = str(folder / "model"), str(folder / "copy")
+    Quantizer(Path(model), Path(copy), QuantizeOptions(group_size=8)).run()
+    arguments = ["eval", "divergence", "--model", model, "--against", copy, "-f", str(folder / "docs"), "--ctx", "64"]
+    assert run(app, [*arguments, "--dtype", "float32"]) == 0
+    captured = capsys.readouterr()
+    assert [line.split()[0] for line in captured.out.splitlines()] == ["perplexity", "KL", "top-1"]
+    assert f"model: {model}" in captured.err and "skipped" in captured.err and "evaluated in" in captured.err
+    assert run(app, [*arguments, "--tokens", "100", "--json", "--quiet"]) == 0
+    captured = capsys.readouterr()
+    figures = json.loads(captured.out)
+    assert figures["num_tokens"] == 98 and figures["num_sequences"] == 2 and figures["kl_mean_nats"] > 0
+    assert captured.err == ""
 
 
 def test_a_reader_that_goes_away_is_no_error(folder: Path) -> None:

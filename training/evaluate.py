@@ -1,11 +1,12 @@
 """The held-out evaluation: 200 questions, each the first one about an archive of 4K, 8K or 16K tokens, greedy, exact
 match.
 
-In: the model folder, the held-out packages of the corpus (`python training/data.py` fetches them), a seed of its own,
-words that training never saw. Out: a table with 95 % Wilson intervals and benchmarks/results/embedded-v0-<way>.json.
+In: the model, the held-out packages of the corpus (`python training/data.py` fetches them), a seed of its own,
+words that training never saw. Out: a table with 95 % Wilson intervals, a file embedded-v0-*.json in benchmarks/results.
 For: the model card and the README. Run: `python -m training.evaluate` (or `python training/evaluate.py`); `--limit 20`
 takes fewer archives; `--way training` scores with the training forward, which is quick on a GPU: teacher forcing gives
-exactly the answers that greedy decoding gets right. `--zeroed` silences the sparse layers.
+exactly the answers that greedy decoding gets right. `--zeroed` silences the sparse layers. `--model builtin:bf16` asks
+the unquantized form, which the training forward always has.
 """
 
 import argparse
@@ -117,14 +118,14 @@ def source_of(document: Document) -> object:
     return Source(document.path, data.decode(), hashlib.sha256(data).hexdigest(), len(data))
 
 
-def with_runtime(chosen: list[Case]) -> list[Outcome]:
+def with_runtime(chosen: list[Case], model: str) -> list[Outcome]:
     """Asks the shipped runtime through its public interface."""
     import salalocal
     from salalocal.prompt.pack import PromptPack
     from salalocal.prompt.sources import Reading
     from salalocal.session.events import TextDelta
 
-    runtime = salalocal.load("builtin")
+    runtime = salalocal.load(model)
     outcomes: list[Outcome] = []
     for number, case in enumerate(chosen):
         print(f"archive {number + 1} of {len(chosen)}, {case.length} tokens", file=sys.stderr, flush=True)
@@ -167,6 +168,7 @@ def main() -> None:
     """Parses the command line, asks, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--way", choices=["runtime", "training"], default="runtime")
+    parser.add_argument("--model", default="builtin")
     parser.add_argument("--limit", type=int, help="archives to take, spread over the lengths")
     parser.add_argument("--zeroed", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -178,13 +180,19 @@ def main() -> None:
     if arguments.way == "training":
         outcomes = with_training_forward(maker, chosen, arguments.zeroed)
     else:
-        outcomes = with_runtime(chosen)
+        outcomes = with_runtime(chosen, arguments.model)
     rows = table(outcomes)
     tokens = int(np.sum([len(maker.prompt(case.documents)[0]) for case in chosen]))
-    name = (
-        f"embedded-v0-{arguments.way}{'-zeroed' if arguments.zeroed else ''}{'-part' if arguments.limit else ''}.json"
-    )
-    report = {"seed": SEED, "way": arguments.way, "archives": len(chosen), "archive_tokens": tokens, "table": rows}
+    way = arguments.way if arguments.way == "training" else Path(arguments.model).name.replace(":", "-")
+    name = f"embedded-v0-{way}{'-zeroed' if arguments.zeroed else ''}{'-part' if arguments.limit else ''}.json"
+    report = {
+        "seed": SEED,
+        "way": arguments.way,
+        "model": arguments.model,
+        "archives": len(chosen),
+        "archive_tokens": tokens,
+        "table": rows,
+    }
     arguments.out.mkdir(parents=True, exist_ok=True)
     wrong = [vars(outcome) for outcome in outcomes if not outcome.is_right]
     (arguments.out / name).write_text(json.dumps({**report, "wrong": wrong}, indent=1) + "\n")

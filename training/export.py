@@ -1,7 +1,7 @@
 """Writes the trained model as a Hugging Face folder.
 
-In: saved weights (training/runs/NAME) and salalocal/builtin/tokenizer.json. Out: config.json, model.safetensors (bf16),
-generation_config.json and chat_template.jinja in salalocal/builtin/. For: the runtime.
+In: saved weights (training/runs/NAME). Out: config.json, model.safetensors (bf16), generation_config.json and
+chat_template.jinja in training/runs/exported. For: training/variants.py, which makes the shipped folder of it.
 Run: `python -m training.export training/runs/two`.
 """
 
@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from training.model import EmbeddedModel, Shape
-from training.tokenizer import BUILTIN
 from training.train import restore
 
+EXPORTED = Path(__file__).parent / "runs" / "exported"
 CHAT_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -30,8 +30,9 @@ def main() -> None:
     """Converts and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("weights", type=Path)
-    parser.add_argument("--out", type=Path, default=BUILTIN)
+    parser.add_argument("--out", type=Path, default=EXPORTED)
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     shape = Shape()
     model = EmbeddedModel(shape)
     restore(model, arguments.weights)

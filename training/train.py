@@ -15,9 +15,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
+from salalocal.checkpoint.checkpoint import Checkpoint
+from salalocal.checkpoint.folder import ModelFolder
+from salalocal.checkpoint.names import CONFIG_FILE
 from training.archive import ANSWER, TEXT, ArchiveMaker
 from training.batches import Batch, Stream, loader
 from training.corpus import Corpus
@@ -25,6 +27,7 @@ from training.invent import word_list
 from training.model import EmbeddedModel, Shape
 from training.optimizer import Optimizer
 from training.score import score, shares
+from training.variants import ORIGINAL
 
 SEED = 20261123
 NUM_PARTS = 4
@@ -97,11 +100,12 @@ def save(model: EmbeddedModel, folder: Path) -> None:
 
 
 def restore(model: EmbeddedModel, folder: Path) -> None:
-    """Loads what `save` wrote, or an exported model.safetensors."""
+    """Loads what `save` wrote, or an exported folder, of which the form in bf16 if it has several."""
     state: dict[str, Tensor] = {}
-    exported = folder / "model.safetensors"
-    if exported.exists():
-        state.update(load_file(exported))
+    if (folder / CONFIG_FILE).exists():
+        variants = ModelFolder(folder).variants
+        checkpoint = Checkpoint.open(ModelFolder(folder, ORIGINAL if ORIGINAL in variants else None))
+        state.update((name, checkpoint.tensor(name)) for name in checkpoint.tensor_names)
     for part in sorted(folder.glob("weights-*.pt")):
         state.update(torch.load(part, map_location="cpu", weights_only=True))
     model.load_state_dict(state)

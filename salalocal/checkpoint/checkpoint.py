@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salalocal.checkpoint.folder import read_headers
+from salalocal.checkpoint.folder import ModelFolder, read_headers
 from salalocal.checkpoint.header import TensorEntry
 from salalocal.checkpoint.names import (
     CONFIG_FILE,
@@ -58,7 +58,9 @@ class TensorProblems:
 class Checkpoint:
     """A model folder of Hugging Face layout; made by `open`."""
 
-    def __init__(self, folder: Path, config_dict: Mapping[str, Any], config: SalaConfig, shards: list[Shard]) -> None:
+    def __init__(
+        self, folder: ModelFolder, config_dict: Mapping[str, Any], config: SalaConfig, shards: list[Shard]
+    ) -> None:
         self.folder = folder
         self.config = config
         self.config_dict = config_dict
@@ -66,14 +68,13 @@ class Checkpoint:
         self._shard_of = {name: shard for shard in shards for name in shard.header.entries}
 
     @classmethod
-    def open(cls, folder: str | Path) -> "Checkpoint":
+    def open(cls, place: str | Path | ModelFolder) -> "Checkpoint":
         """Opens a model folder: checks config, index and headers, reads no weights.
 
         Raises: CheckpointError with the file and the reason.
         """
-        folder = Path(folder)
-        config_path = folder / CONFIG_FILE
-        config_dict = read_json_file(config_path, MAX_CONFIG_BYTES)
+        folder = ModelFolder.of(place)
+        config_dict = read_json_file(folder.file(CONFIG_FILE), MAX_CONFIG_BYTES)
         try:
             config = SalaConfig.from_hf(config_dict)
         except CheckpointError as error:

@@ -1,35 +1,79 @@
 """The files of a model folder: its path comes in, the checked headers of its safetensors go out; for Checkpoint and
-plans. No torch here."""
+plans. No torch here.
 
+A folder may hold several forms of one model, as the hub has them: next to `config.json` and the weights that
+`model.safetensors` or its index names stand `config.VARIANT.json` and `model.VARIANT.safetensors` or
+`model.safetensors.index.VARIANT.json`. Variants may share files, so what is equal in them is stored once.
+"""
+
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from salalocal.checkpoint.header import Header, read_header
-from salalocal.checkpoint.names import INDEX_FILE, SINGLE_FILE
+from salalocal.checkpoint.names import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from salalocal.checkpoint.strict_json import one_line, read_json_file
 from salalocal.errors import CheckpointError
 
 MAX_INDEX_BYTES = 32 * 2**20
 MAX_SHARDS = 4096
 
+_VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 
-def stored_bytes(folder: Path) -> int:
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model folder, and which of its variants is meant: None for the one that `config.json` describes."""
+
+    path: Path
+    variant: str | None = None
+
+    @classmethod
+    def of(cls, place: "str | Path | ModelFolder") -> "ModelFolder":
+        """A plain path means the folder's default variant."""
+        return place if isinstance(place, ModelFolder) else cls(Path(place))
+
+    def file(self, name: str) -> Path:
+        """Where this variant's own file stands that a folder without variants calls `name`."""
+        stem, _, kind = name.rpartition(".")
+        return self.path / (name if self.variant is None else f"{stem}.{self.variant}.{kind}")
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The names of all variants in the folder, the default one left out."""
+        stem, _, kind = CONFIG_FILE.rpartition(".")
+        names = (path.name[len(stem) + 1 : -len(kind) - 1] for path in self.path.glob(f"{stem}.*.{kind}"))
+        return tuple(sorted(name for name in names if is_variant_name(name)))
+
+    def __str__(self) -> str:
+        return str(self.path) if self.variant is None else f"{self.path}:{self.variant}"
+
+
+def is_variant_name(name: str) -> bool:
+    """Whether a text can name a variant: letters, digits, dashes, no dot and no path of any kind."""
+    return _VARIANT.fullmatch(name) is not None
+
+
+def stored_bytes(place: Path | ModelFolder) -> int:
     """Bytes of all tensors, from the headers alone. Raises: CheckpointError."""
-    return sum(entry.end - entry.start for header in read_headers(folder) for entry in header.entries.values())
+    return sum(entry.end - entry.start for header in read_headers(place) for entry in header.entries.values())
 
 
-def read_headers(folder: Path) -> list[Header]:
+def read_headers(place: Path | ModelFolder) -> list[Header]:
     """The checked headers of all files with weights, one or as many as the index names. Raises: CheckpointError."""
-    if (folder / SINGLE_FILE).exists():
-        return [read_header(folder / SINGLE_FILE)]
-    index_path = folder / INDEX_FILE
+    folder = ModelFolder.of(place)
+    single_path, index_path = folder.file(SINGLE_FILE), folder.file(INDEX_FILE)
+    if single_path.exists():
+        return [read_header(single_path)]
     if not index_path.exists():
-        pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+        pickled = sorted(path.name for path in folder.path.glob("pytorch_model*.bin"))
         reason = f"only pickled weights ({pickled[0]}), which are never loaded" if pickled else "no weights here"
         raise CheckpointError(
-            f"{one_line(folder, 160)}: {reason}", f"a model folder holds {SINGLE_FILE}, or {INDEX_FILE} and its files"
+            f"{one_line(folder, 160)}: {reason}",
+            f"a model folder holds {single_path.name}, or {index_path.name} and its files",
         )
     weight_map = _weight_map(index_path)
-    headers = [read_header(folder / file) for file in sorted(set(weight_map.values()))]
+    headers = [read_header(folder.path / file) for file in sorted(set(weight_map.values()))]
     _check_index(weight_map, headers, one_line(index_path, 160))
     return headers
 

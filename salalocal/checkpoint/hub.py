@@ -1,5 +1,7 @@
-"""Where a model is: a name or a path comes in, a local folder goes out; for `load`, `plan` and every command with a
-model.
+"""Where a model is: a name or a path comes in, a local folder and the variant in it go out; for `load`, `plan` and
+every command with a model.
+
+`NAME:VARIANT` means one form of a model that comes in several, such as `builtin:bf16`; see `checkpoint.folder`.
 
 Nothing is downloaded here. The only paths built are the package's own `builtin`, the folder that the user typed, and
 what huggingface_hub finds in its cache for an id that has passed a strict pattern.
@@ -8,6 +10,7 @@ what huggingface_hub finds in its cache for an id that has passed a strict patte
 import re
 from pathlib import Path
 
+from salalocal.checkpoint.folder import ModelFolder, is_variant_name
 from salalocal.checkpoint.names import CONFIG_FILE
 from salalocal.checkpoint.strict_json import one_line
 from salalocal.errors import HubError
@@ -18,13 +21,30 @@ _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
 _HUB_ID = re.compile(rf"{_PART}/{_PART}")
 
 
-def resolve_model(name_or_path: str | Path, offline: bool = False) -> Path:
-    """The local folder of a model: `builtin`, a folder, or a hub id that is in the local Hugging Face cache.
+def find_model(name_or_path: str | Path, offline: bool = False) -> ModelFolder:
+    """The local folder of a model: `builtin`, a folder, or a hub id that is in the local Hugging Face cache; each with
+    `:VARIANT` behind it for one of its variants.
 
     A folder wins over a hub id of the same spelling. `offline` says that a download is not wanted, for the hint.
 
-    Raises: HubError if there is no such folder, id or cached copy.
+    Raises: HubError if there is no such folder, id, cached copy or variant.
     """
+    name, _, variant = str(name_or_path).rpartition(":")
+    if isinstance(name_or_path, Path) or not name or not is_variant_name(variant) or _as_folder(name_or_path):
+        return ModelFolder(_find_folder(name_or_path, offline))
+    found = ModelFolder(_find_folder(name, offline), variant)
+    if variant not in found.variants:
+        known = ", ".join(f"{one_line(name)}{suffix}" for suffix in ("", *(f":{known}" for known in found.variants)))
+        raise HubError(f"model '{one_line(name_or_path)}': there is no variant {variant}", f"choose from {known}")
+    return found
+
+
+def is_builtin(name_or_path: str | Path) -> bool:
+    """Whether a name means the package's own model, in whichever variant."""
+    return str(name_or_path).partition(":")[0] == BUILTIN
+
+
+def _find_folder(name_or_path: str | Path, offline: bool) -> Path:
     if name_or_path == BUILTIN:
         return _builtin_folder()
     folder = _as_folder(name_or_path)

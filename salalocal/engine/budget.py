@@ -5,11 +5,13 @@ No torch and no device here. Source of the figures: specification of MiniCPM-SAL
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from salalocal.checkpoint.names import expected_tensors
-from salalocal.errors import MemoryBudgetError, RequestError
+from salalocal.errors import CheckpointError, MemoryBudgetError, RequestError
 from salalocal.model.config import LIGHTNING, SPARSE, SalaConfig
 
 # A CUDA context with the libraries that torch loads into it; about this much on cards from sm_80 to sm_120.
@@ -20,18 +22,51 @@ MAX_CONTEXT_TOKENS = 2**31
 _MAX_PARTIAL_VALUES = 2**23
 _TILE_BYTES = 32 * 2**20
 
-_INT4_GROUP = 128
-_INT4_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_GROUP = 128
+_PACKED_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_CODEBOOK_BLOCK = 64
+_GATES = ("o_gate", "z_proj")
 
 
 class WeightFormat(Enum):
-    """How weights are stored; `INT4` is what a quantized folder holds, and if there is none GPTQ v1 with groups of
-    128 in the attention and MLP projections, bf16 elsewhere."""
+    """How weights are stored.
+
+    Where there is no folder to count, `INT8` and `INT4` are GPTQ v1 with groups of 128 in the attention and MLP
+    projections and bf16 elsewhere, `NF4` and `FP4` bitsandbytes with blocks of 64 in the gates too.
+    """
 
     BF16 = "bf16"
     FP16 = "fp16"
     FP32 = "fp32"
+    INT8 = "int8"
     INT4 = "int4"
+    NF4 = "nf4"
+    FP4 = "fp4"
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> "WeightFormat":
+        """What most weights of a quantized folder are, by its quantization_config.
+
+        Raises: CheckpointError for a record that names no format known here.
+        """
+        method, word = record.get("quant_method"), None
+        if method == "gptq":
+            word = f"int{record.get('bits')}"
+        elif method == "bitsandbytes":
+            word = record.get("bnb_4bit_quant_type")
+        elif method == "compressed-tensors":
+            groups = record.get("config_groups")
+            first = next(iter(groups.values()), None) if isinstance(groups, Mapping) else None
+            weights = first.get("weights") if isinstance(first, Mapping) else None
+            word = f"int{weights.get('num_bits')}" if isinstance(weights, Mapping) else None
+        found = next((known for known in _QUANTIZED if known.value == word), None)
+        if found is None:
+            names = ", ".join(known.value for known in _QUANTIZED)
+            raise CheckpointError(f"quantization_config names none of the formats that can be read: {names}")
+        return found
+
+
+_QUANTIZED = (WeightFormat.INT8, WeightFormat.INT4, WeightFormat.NF4, WeightFormat.FP4)
 
 
 class CacheFormat(Enum):
@@ -44,17 +79,25 @@ class CacheFormat(Enum):
 
 
 @dataclass(frozen=True)
+class StoredWeights:
+    """The weights of a quantized folder, counted."""
+
+    weights: WeightFormat
+    num_bytes: int
+
+
+@dataclass(frozen=True)
 class PlanOptions:
     """What besides the model and the context decides about memory. Units: chunk_size in tokens.
 
-    `int4_bytes` are the bytes of `INT4` weights where a quantized folder is there to count them; None: by formula.
+    `stored` is what a quantized folder holds, if there is one; other weights are counted by formula.
     """
 
     weights: WeightFormat = WeightFormat.BF16
     cache: CacheFormat = CacheFormat.BF16
     chunk_size: int = 512
     is_cuda: bool = True
-    int4_bytes: int | None = None
+    stored: StoredWeights | None = None
 
 
 @dataclass(frozen=True)
@@ -158,24 +201,28 @@ def check_fits(plan: MemoryPlan, memory_bytes: int, model: str = "MODEL") -> Non
 
 def weight_bytes(config: SalaConfig, weights: WeightFormat) -> int:
     """Bytes of all tensors of a checkpoint."""
-    if weights is WeightFormat.INT4:
-        return sum(_int4_bytes(name, shape) for name, shape in expected_tensors(config).items())
+    if weights in _QUANTIZED:
+        return sum(_quantized_bytes(name, shape, weights) for name, shape in expected_tensors(config).items())
     return config.num_parameters * (4 if weights is WeightFormat.FP32 else 2)
 
 
 def _weight_bytes(config: SalaConfig, options: PlanOptions) -> int:
-    if options.weights is WeightFormat.INT4 and options.int4_bytes is not None:
-        return options.int4_bytes
+    if options.stored is not None and options.weights is options.stored.weights:
+        return options.stored.num_bytes
     return weight_bytes(config, options.weights)
 
 
-def _int4_bytes(name: str, shape: tuple[int, ...]) -> int:
-    if name.split(".")[-2] not in _INT4_MODULES:
-        return 2 * math.prod(shape)
+def _quantized_bytes(name: str, shape: tuple[int, ...], weights: WeightFormat) -> int:
+    module, count = name.split(".")[-2], math.prod(shape)
+    has_codebook = weights in (WeightFormat.NF4, WeightFormat.FP4)
+    if module not in _PACKED_MODULES and not (has_codebook and module in _GATES):
+        return 2 * count
+    if has_codebook:
+        return count // 2 + 4 * -(-count // _CODEBOOK_BLOCK)
     num_out, num_in = shape
-    groups = -(-num_in // _INT4_GROUP)
-    packed, scales, zeros, group_index = num_out * num_in // 2, 2 * groups * num_out, groups * num_out // 2, 4 * num_in
-    return packed + scales + zeros + group_index
+    groups, bits = -(-num_in // _GROUP), 8 if weights is WeightFormat.INT8 else 4
+    scales, group_index = 2 * groups * num_out, 4 * num_in
+    return (num_in + groups) * num_out * bits // 8 + scales + group_index  # codes and zero points first
 
 
 def _kv_row_bytes(head_dim: int, cache: CacheFormat) -> int:

@@ -51,7 +51,7 @@ def weight_bytes(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtyp
     """
     layout = weight_layout(checkpoint)
     dense = sum(math.prod(spec.shape) for spec in layout.dense.values()) * dtype.itemsize
-    return dense + quantized_bytes(layout, device, dtype)
+    return dense + quantized_bytes(layout)
 
 
 def _check_memory(checkpoint: Checkpoint, layout: WeightLayout, device: torch.device, dtype: torch.dtype) -> None:
@@ -59,7 +59,7 @@ def _check_memory(checkpoint: Checkpoint, layout: WeightLayout, device: torch.de
     if device.type == "cpu":
         sizes = {name: stored for name, stored in sizes.items() if stored != dtype}  # the others stay in the file
     needed = sum(math.prod(checkpoint.shape(name)) for name in sizes) * dtype.itemsize
-    needed += quantized_bytes(layout, device, dtype)
+    needed += quantized_bytes(layout)
     free = device_memory(device).free_bytes
     if needed > free:
         raise MemoryBudgetError(

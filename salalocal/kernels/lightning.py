@@ -11,6 +11,10 @@ Source: specification, section 8.
 import torch
 from torch import Tensor
 
+from salalocal.kernels.backend import use_triton
+from salalocal.kernels.lightning_prefill import PREFILL_DTYPE, Recurrence, lightning_prefill_triton
+from salalocal.kernels.qk_norm_rope import needs_gradient
+
 CHUNK_TOKENS = 64
 # So many chunks stay in a CPU's cache together; more of them at once were slower per token.
 _CHUNKS_AT_A_TIME = 8
@@ -67,7 +71,10 @@ def lightning_reference(
 def lightning(
     q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, scale: float, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What the model calls."""
+    """What the model calls; gradients and all but bfloat16 take the reference. The kernel's outputs are bfloat16."""
+    if use_triton(q, k, v) and q.dtype == PREFILL_DTYPE and not needs_gradient(q, k, v):
+        o, states = lightning_prefill_triton(q, k, v, Recurrence(slopes, scale, state))
+        return o, states[-1]
     return lightning_reference(q, k, v, slopes, scale, state)
 
 

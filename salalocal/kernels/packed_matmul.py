@@ -17,11 +17,6 @@ from salalocal.kernels.packing import unpack_codes
 TILE_WEIGHTS = 2**18
 CUDA_TILE_WEIGHTS = 2**24
 
-# Measured: with more rows, fp32 matmul over dequantized tiles is faster on a CPU without AVX512; with it the kernel is.
-MAX_CPU_INT4_ROWS = 256
-_CPU_INT4_GROUPS = (32, 64, 128, 256)
-_CPU_INT4_ROWS_OF_OUT = 16
-
 
 def packed_matmul_definition(
     x: Tensor, words: Tensor, scales: Tensor, bits: int, group_size: int, group_index: Tensor | None = None
@@ -72,38 +67,3 @@ def dequantize_rows(
         groups = torch.arange(num_in, device=words.device) // group_size if group_index is None else group_index.long()
         weight.mul_(scales.to(wide)[:, groups])
     return weight.to(dtype)
-
-
-def has_cpu_int4(
-    words: Tensor, scales: Tensor, bits: int, group_size: int, group_index: Tensor | None, dtype: torch.dtype
-) -> bool:
-    """Whether torch's own int4 kernel for CPUs multiplies with these weights exactly and is the faster way.
-
-    It is vectorised everywhere for bf16 alone, and takes the scales in that dtype.
-    """
-    num_out, num_in = scales.shape[0], words.shape[1] * 32 // bits
-    return (
-        words.device.type == "cpu"
-        and bits == 4
-        and dtype == scales.dtype == torch.bfloat16
-        and group_index is None
-        and group_size in _CPU_INT4_GROUPS
-        and num_in % group_size == 0
-        and num_out % _CPU_INT4_ROWS_OF_OUT == 0
-    )
-
-
-def to_cpu_int4(words: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights in the order of torch's int4 kernel for CPUs.
-
-    Shapes: packed uint8 [out, in / 2]; scales and zero offsets [groups, out, 2].
-    """
-    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack_codes(words, 4, torch.int32), 1)
-    return packed, torch.stack((scales, torch.zeros_like(scales)), dim=-1).transpose(0, 1).contiguous()
-
-
-def cpu_int4_matmul(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, group_size: int) -> Tensor:
-    """x @ W^T by torch's int4 kernel for CPUs, from `to_cpu_int4`. Shapes: x [..., in] bf16 -> [..., out]."""
-    rows = x.reshape(-1, x.shape[-1])
-    y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, group_size, scales_and_zeros)
-    return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -10,13 +10,14 @@ from typing import Any
 from salalocal.checkpoint.checkpoint import Checkpoint
 from salalocal.checkpoint.strict_json import one_line
 from salalocal.errors import CheckpointError
+from salalocal.quant.bitsandbytes_format import BitsAndBytesFormat
 from salalocal.quant.compressed_tensors import CompressedTensorsFormat
 from salalocal.quant.format import DenseFormat, WeightFormat
 from salalocal.quant.gptq_format import GptqFormat
 from salalocal.quant.layout import WeightLayout
 
 FORMATS: Mapping[str, Callable[[Checkpoint, Mapping[str, Any]], WeightFormat]] = MappingProxyType(
-    {"gptq": GptqFormat, "compressed-tensors": CompressedTensorsFormat}
+    {"gptq": GptqFormat, "compressed-tensors": CompressedTensorsFormat, "bitsandbytes": BitsAndBytesFormat}
 )
 
 
@@ -33,7 +34,7 @@ def weight_layout(checkpoint: Checkpoint) -> WeightLayout:
         if not isinstance(method, str) or method not in FORMATS:
             raise CheckpointError(
                 f"{one_line(checkpoint.folder, 160)}: quantized by {one_line(method, 30)}, "
-                f"{' and '.join(FORMATS)} can be read"
+                f"{', '.join(FORMATS)} can be read"
             )
         weight_format = FORMATS[method](checkpoint, record)
     layout = WeightLayout.find(checkpoint, weight_format)

@@ -26,7 +26,7 @@ from salalocal.quant.format import (
     stored_shape,
     word_spec,
 )
-from salalocal.quant.int4 import PackedWeight, check_groups, group_numbers
+from salalocal.quant.int4 import IntScheme, PackedWeight, check_groups, group_numbers
 
 PACK_QUANTIZED = "pack-quantized"
 
@@ -40,7 +40,7 @@ class CompressedTensorsFormat:
         self._checkpoint = checkpoint
         self._names = frozenset(checkpoint.tensor_names)
         self._declared = tuple(dict.fromkeys(_declared(record)))
-        self._schemes: dict[str, StoredMatrix] = {}
+        self._found: dict[str, tuple[Shape, IntScheme]] = {}
 
     def find(self, module: str, shape: Shape) -> StoredMatrix | None:
         """See `WeightFormat.find`."""
@@ -57,26 +57,26 @@ class CompressedTensorsFormat:
         }
         if f"{module}.weight_g_idx" in self._names:
             tensors["weight_g_idx"] = word_spec(num_in)
-        self._schemes[module] = StoredMatrix(shape, scheme, tensors)
-        return self._schemes[module]
+        self._found[module] = shape, scheme
+        return StoredMatrix(shape, scheme, tensors)
 
     def read(self, module: str) -> PackedWeight:
         """See `WeightFormat.read`."""
-        return naming(module, lambda: self._read(module, self._schemes[module]))
+        return naming(module, lambda: self._read(module, *self._found[module]))
 
-    def _read(self, module: str, matrix: StoredMatrix) -> PackedWeight:
-        shape = tuple(self._checkpoint.tensor(f"{module}.weight_shape").tolist())
-        if shape != matrix.shape:
-            raise CheckpointError(f"weight_shape says {list(shape)}, the config {list(matrix.shape)}")
+    def _read(self, module: str, shape: Shape, scheme: IntScheme) -> PackedWeight:
+        said = self._checkpoint.tensor(f"{module}.weight_shape").tolist()
+        if said != list(shape):
+            raise CheckpointError(f"weight_shape says {said}, the config {list(shape)}")
         scales = self._checkpoint.tensor(f"{module}.weight_scale")
         group_index = None
-        if "weight_g_idx" in matrix.tensors:
+        if f"{module}.weight_g_idx" in self._names:
             group_index = self._checkpoint.tensor(f"{module}.weight_g_idx")
             check_groups(group_index, scales.shape[1])
-            if torch.equal(group_index, group_numbers(shape[1], matrix.scheme.group_size)):
+            if torch.equal(group_index, group_numbers(shape[1], scheme.group_size)):
                 group_index = None
         words = self._checkpoint.tensor(f"{module}.weight_packed")
-        return PackedWeight(words, scales, matrix.scheme.bits, matrix.scheme.group_size, group_index)
+        return PackedWeight(words, scales, scheme.bits, scheme.group_size, group_index)
 
 
 def _declared(record: Mapping[str, Any]) -> Iterator[DeclaredScheme]:

@@ -7,21 +7,23 @@ A checkpoint describes itself: which linear maps are quantized is seen from the 
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
 from salalocal.checkpoint.checkpoint import Checkpoint
 from salalocal.checkpoint.names import Shape, TensorSpec
 from salalocal.checkpoint.strict_json import one_line
 from salalocal.errors import CheckpointError
 from salalocal.kernels.packing import PACKED_BITS, WORD_BITS
+from salalocal.quant.codebook import CodebookWeight
 from salalocal.quant.int4 import IntScheme, PackedWeight
+from salalocal.quant.stored import LoadedWeight, Scheme
 
 MAX_SCHEMES = 256
 
 _WORD_DTYPE = ("I32",)
+_Loaded = TypeVar("_Loaded", PackedWeight, CodebookWeight)
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,14 @@ class StoredMatrix:
     """
 
     shape: Shape
-    scheme: IntScheme
+    scheme: Scheme
     tensors: Mapping[str, TensorSpec]
 
     @property
     def num_bytes(self) -> int:
-        """At most so many bytes in memory: codes, scales of four bytes, and the group of every input feature."""
+        """At most so many bytes in memory."""
         num_out, num_in = self.shape
-        codes = num_out * num_in * self.scheme.bits // 8
-        return codes + 4 * num_out * self.scheme.num_groups(num_in) + 4 * num_in
+        return self.scheme.num_bytes(num_out, num_in)
 
 
 class WeightFormat(Protocol):
@@ -49,7 +50,7 @@ class WeightFormat(Protocol):
     def find(self, module: str, shape: Shape) -> StoredMatrix | None:
         """How the folder stores a linear map [out, in]; None if it is not quantized. Raises: CheckpointError."""
 
-    def read(self, module: str) -> PackedWeight:
+    def read(self, module: str) -> LoadedWeight:
         """A quantized linear map whose tensors have been checked. Raises: CheckpointError."""
 
 
@@ -60,7 +61,7 @@ class DenseFormat:
         """None, always."""
         return None
 
-    def read(self, module: str) -> PackedWeight:
+    def read(self, module: str) -> LoadedWeight:
         """Raises KeyError: there is none."""
         raise KeyError(module)
 
@@ -130,7 +131,7 @@ def stored_shape(checkpoint: Checkpoint, name: str) -> Shape:
     return shape
 
 
-def naming(module: str, read: Callable[[], PackedWeight]) -> PackedWeight:
+def naming(module: str, read: Callable[[], _Loaded]) -> _Loaded:
     """Read a matrix, with its name put in front of what is wrong with it, and check that its scales are numbers.
 
     Raises: CheckpointError.
@@ -139,10 +140,7 @@ def naming(module: str, read: Callable[[], PackedWeight]) -> PackedWeight:
         weight = read()
     except CheckpointError as error:
         raise CheckpointError(f"{one_line(module)}: {error.message}", error.hint) from error
-    if not _is_finite(weight.scales):
+    scales = weight.scales if isinstance(weight, PackedWeight) else weight.absmax
+    if not bool(torch.isfinite(scales).all()):
         raise CheckpointError(f"{one_line(module)}: scales hold NaN or infinity")
     return weight
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())

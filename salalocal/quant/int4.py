@@ -8,7 +8,7 @@ bits / 32], `scales` [groups, out], `g_idx` int32 [in]. Version 1 (`checkpoint_f
 less one, version 2 ("gptq_v2") as it is. Source: AutoGPTQ and GPTQModel; specification of MiniCPM-SALA, section 14.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,11 @@ class IntScheme:
     def num_groups(self, in_features: int) -> int:
         """How many scales a row has; the last group may be short."""
         return -(-in_features // self.group_size)
+
+    def num_bytes(self, out_features: int, in_features: int) -> int:
+        """At most so many bytes of a matrix in memory: codes, scales of four bytes, the group of every feature."""
+        codes = out_features * in_features * self.bits // 8
+        return codes + 4 * out_features * self.num_groups(in_features) + 4 * in_features
 
     def can_pack(self, out_features: int, in_features: int) -> bool:
         """Whether codes and zero points of such a matrix fill whole words, as the GPTQ layout needs."""
@@ -76,6 +81,13 @@ class IntWeight:
         """The same matrix as it is stored and computed with. Raises: ValueError if codes do not fill whole words."""
         words = pack_codes(self.codes, self.bits)
         return PackedWeight(words, self.scales, self.bits, self.group_size, self.group_index)
+
+    @staticmethod
+    def joined(pieces: Sequence["IntWeight"]) -> "IntWeight":
+        """One matrix of pieces of its rows, in their order."""
+        first = pieces[0]
+        codes, scales = torch.cat([piece.codes for piece in pieces]), torch.cat([piece.scales for piece in pieces])
+        return IntWeight(codes, scales, first.bits, first.group_size, first.group_index)
 
     @property
     def groups(self) -> Tensor:

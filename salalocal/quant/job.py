@@ -3,18 +3,22 @@
 It stands beside the place of the result, under its name with `.quantizing` behind. Every step is one shard under its
 last name; `job.json` says which are done, with their sha256. A file is written under another name, synced and renamed,
 so a kill at any moment costs the step in progress and nothing else. The finished folder is renamed as a whole.
+Hidden states of a calibration are kept from time to time: those of later steps can be made again out of the shards.
 """
 
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -30,7 +34,9 @@ JOB_FILE = "job.json"
 _FOLDER_SUFFIX = ".quantizing"
 _MAX_JSON_BYTES = 64 * 2**20
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "NOTICE*", "README*")
-_NOT_COMPANIONS = (CONFIG_FILE, INDEX_FILE, JOB_FILE, CARD_FILE)
+_NOT_COMPANIONS = (  # with those of other variants of the model
+    CONFIG_FILE, INDEX_FILE, JOB_FILE, CARD_FILE, "config.*.json", "model.safetensors.index.*.json",
+)  # fmt: skip
 
 Record = dict[str, Any]
 
@@ -50,13 +56,16 @@ class Job:
         """The record of every step that is done, in their order."""
         return [entry["record"] for entry in self._entries]
 
-    def save_step(self, tensors: Mapping[str, Tensor], record: Record, hidden: Sequence[Tensor]) -> None:
-        """Store what a step has made, and what the next one reads. Raises: CheckpointError if it cannot be written."""
+    @property
+    def result_bytes(self) -> int:
+        """Bytes of all tensors made so far."""
+        return sum(num_bytes for entry in self._entries for num_bytes in entry["tensors"].values())
+
+    def save_step(self, tensors: Mapping[str, Tensor], record: Record) -> None:
+        """Store what a step has made. Raises: CheckpointError if it cannot be written."""
         step = len(self._entries)
         data = save(dict(tensors), {"format": "pt"})
         with _naming_write_errors(self._folder):
-            if hidden:
-                _write(self._folder / _hidden_name(step), save({f"{n:05}": part for n, part in enumerate(hidden)}))
             _write(self._folder / self._shard_name(step), data)
             entry = {
                 "record": record,
@@ -66,18 +75,42 @@ class Job:
             }
             self._entries.append(entry)
             _write_json(self._folder / JOB_FILE, {"identity": self._identity, "steps": self._entries})
-            if step:
-                (self._folder / _hidden_name(step - 1)).unlink(missing_ok=True)
 
-    def load_hidden(self) -> list[Tensor]:
-        """What the next step reads. Raises: CheckpointError if the file is damaged or gone."""
-        path = self._folder / _hidden_name(len(self._entries) - 1)
+    def load_step(self, step: int) -> dict[str, Tensor]:
+        """The tensors that a step has made. Raises: CheckpointError if the file is damaged or gone."""
+        path = self._folder / self._shard_name(step)
         try:
-            return [part for _, part in sorted(load_file(path).items())]
+            return load_file(path)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{one_line(path, 160)}: cannot be read: {error}", f"delete {self._folder} and start again"
-            ) from error
+            raise _unreadable(path, str(error)) from error
+
+    def save_hidden(self, hidden: Sequence[Tensor]) -> None:
+        """Keep what the step after the last one done reads. Shapes: float32 on the host, any.
+
+        Raises: CheckpointError if it cannot be written.
+        """
+        step = len(self._entries) - 1
+        with _naming_write_errors(self._folder):
+            replace_file(self._folder / _hidden_name(step), lambda file: _write_floats(file, hidden))
+            for older in range(step):
+                (self._folder / _hidden_name(older)).unlink(missing_ok=True)
+
+    def load_hidden(self, shapes: Sequence[Sequence[int]]) -> tuple[int, list[Tensor]] | None:
+        """The newest that were kept, of these shapes, and the step behind which they stand; None if there are none.
+
+        Raises: CheckpointError if the file is of another size or cannot be read.
+        """
+        kept = [step for step in range(len(self._entries)) if (self._folder / _hidden_name(step)).exists()]
+        if not kept:
+            return None
+        path = self._folder / _hidden_name(kept[-1])
+        try:
+            if path.stat().st_size != 4 * sum(map(math.prod, shapes)):
+                raise _unreadable(path, "not of the size that it was written with")
+            with path.open("rb") as file:
+                return kept[-1], [_read_floats(file, shape) for shape in shapes]
+        except OSError as error:
+            raise _unreadable(path, str(error)) from error
 
     def finish(self, source: Path, config_dict: Mapping[str, Any], card: Record) -> Record:
         """Complete the folder, give it its name, and give back the card with the job's identity.
@@ -102,8 +135,7 @@ class Job:
         weight_map = {
             name: self._shard_name(step) for step, entry in enumerate(self._entries) for name in entry["tensors"]
         }
-        total = sum(num_bytes for entry in self._entries for num_bytes in entry["tensors"].values())
-        return {"metadata": {"total_size": total}, "weight_map": weight_map}
+        return {"metadata": {"total_size": self.result_bytes}, "weight_map": weight_map}
 
     def _shard_name(self, step: int) -> str:
         return _shard_name(step, self._num_steps)
@@ -155,7 +187,7 @@ def _shard_name(step: int, num_steps: int) -> str:
 
 
 def _hidden_name(step: int | str) -> str:
-    return f"hidden-{step}.safetensors"
+    return f"hidden-{step}.f32"
 
 
 def _done_steps(folder: Path, identity: Record, num_steps: int) -> list[Record]:
@@ -195,12 +227,29 @@ def _card(folder: Path, identity: Record) -> Record | None:
 def _companions(source: Path) -> list[Path]:
     """Tokenizer, template, legal files and the code that other engines need: what a quantized copy keeps."""
     found = {path for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()}
-    return sorted(path for path in found if path.name not in _NOT_COMPANIONS)
+    return sorted(path for path in found if not any(map(path.match, _NOT_COMPANIONS)))
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _unreadable(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{one_line(path, 160)}: cannot be read: {reason}", f"delete {path.parent.name} and start again"
+    )
+
+
+def _write_floats(file: BinaryIO, tensors: Iterable[Tensor]) -> None:
+    for tensor in tensors:
+        file.write(tensor.contiguous().numpy().data)
+
+
+def _read_floats(file: BufferedReader, shape: Sequence[int]) -> Tensor:
+    values = bytearray(4 * math.prod(shape))
+    file.readinto(values)
+    return torch.frombuffer(values, dtype=torch.float32).view(*shape)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from salalocal.checkpoint.checkpoint import Checkpoint
 from salalocal.checkpoint.names import EMBEDDING, TensorSpec, expected_tensors
 from salalocal.quant.format import StoredMatrix, WeightFormat
-from salalocal.quant.int4 import PackedWeight
+from salalocal.quant.stored import LoadedWeight
 
 _LEAF = ".weight"
 
@@ -43,6 +43,6 @@ class WeightLayout:
             expected.update((f"{module}.{leaf}", spec) for leaf, spec in matrix.tensors.items())
         return expected
 
-    def read(self, module: str) -> PackedWeight:
+    def read(self, module: str) -> LoadedWeight:
         """A quantized linear map. Raises: CheckpointError for numbers that make no sense."""
         return self.weight_format.read(module)

@@ -1,70 +1,136 @@
 """The linear map over packed weights: a `PackedWeight` comes in, a module for the model goes out; for the engine."""
 
+import logging
+import math
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 
-from salalocal.kernels.packed_matmul import (
-    MAX_CPU_INT4_ROWS,
-    cpu_int4_matmul,
-    has_cpu_int4,
-    packed_matmul,
-    to_cpu_int4,
-)
+from salalocal.kernels.backend import use_triton
+from salalocal.kernels.cpu_int4_matmul import cpu_int4_matmul, has_cpu_int4, to_cpu_int4
+from salalocal.kernels.int4_decode import Int4Weight, int4_weight
+from salalocal.kernels.int4_linear import Workspace, int4_linear, new_workspace, why_no_kernel
+from salalocal.kernels.int4_route import Math
+from salalocal.kernels.packed_matmul import packed_matmul
 from salalocal.model.layers import DenseLinear
+from salalocal.quant.codebook import CodebookLinear, CodebookWeight
 from salalocal.quant.int4 import PackedWeight
 from salalocal.quant.layout import WeightLayout
 
+_LOG = logging.getLogger(__name__)
+DEFAULT_MATH: Math = "bf16"
+
 
 class QuantizedLinear(nn.Module):
-    """y = x @ dequantize(W)^T, computed for activations of one dtype.
+    """y = x @ dequantize(W)^T, from packed weights as they are stored."""
 
-    Where torch has an int4 kernel for the CPU that is exact and faster, few rows go through it; the weights are held
-    a second time then, in its order.
-    """
-
-    def __init__(self, weight: PackedWeight, dtype: torch.dtype) -> None:
+    def __init__(self, weight: PackedWeight) -> None:
         super().__init__()
         self.words: Tensor
         self.scales: Tensor
         self.group_index: Tensor | None
-        self.cpu_int4: Tensor | None
-        self.cpu_int4_scales: Tensor | None
         self.bits = weight.bits
         self.group_size = weight.group_size
         self.register_buffer("words", weight.words)
         self.register_buffer("scales", weight.scales)
         self.register_buffer("group_index", weight.group_index)
-        packed = to_cpu_int4(weight.words, weight.scales) if has_cpu_int4(*_parts(weight), dtype) else (None, None)
-        self.register_buffer("cpu_int4", packed[0], persistent=False)
-        self.register_buffer("cpu_int4_scales", packed[1], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        packed, scales = self.cpu_int4, self.cpu_int4_scales
-        if packed is not None and scales is not None and x.numel() // x.shape[-1] <= MAX_CPU_INT4_ROWS:
-            return cpu_int4_matmul(x, packed, scales, self.group_size)
         return packed_matmul(x, self.words, self.scales, self.bits, self.group_size, self.group_index)
 
 
-class QuantizedLinearFactory:
-    """Makes a `QuantizedLinear` with its weights wherever a folder holds a quantized matrix, and a `DenseLinear`
-    without memory elsewhere."""
+class KernelLinear(QuantizedLinear):
+    """The same map by the kernels for GPUs, from the same single copy of the weights.
 
-    def __init__(self, layout: WeightLayout, device: torch.device, dtype: torch.dtype) -> None:
+    `workspace` is shared by the maps of a model, which run one after the other.
+    """
+
+    def __init__(self, weight: PackedWeight, math: Math, workspace: Workspace) -> None:
+        super().__init__(weight)
+        self.math, self.workspace = math, workspace
+        self.row_scales: Tensor | None
+        self.inverses: Tensor | None
+        folded = int4_weight(weight.words, weight.scales, weight.group_size) if weight.bits == 4 else None
+        self.register_buffer("row_scales", None if folded is None else folded.row_scales, persistent=False)
+        self.register_buffer("inverses", None if folded is None else folded.inverses, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not use_triton(x, self.words):
+            return super().forward(x)
+        return int4_linear(x, self, self._folded, self.math, self.workspace)
+
+    @property
+    def _folded(self) -> Int4Weight | None:
+        if self.row_scales is None or self.inverses is None:
+            return None
+        return Int4Weight(self.words, self.scales, self.group_size, self.row_scales, self.inverses)
+
+
+class CpuInt4Linear(nn.Module):
+    """The same map from weights in the order of torch's int4 kernel for CPUs, the only copy of them."""
+
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__()
+        self.packed: Tensor
+        self.scales_and_zeros: Tensor
+        packed, scales_and_zeros = to_cpu_int4(weight.words, weight.scales)
+        self.register_buffer("packed", packed)
+        self.register_buffer("scales_and_zeros", scales_and_zeros)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cpu_int4_matmul(x, self.packed, self.scales_and_zeros)
+
+
+def make_linear(weight: PackedWeight | CodebookWeight, dtype: torch.dtype) -> nn.Module:
+    """The module that multiplies with these weights without the kernels for GPUs, for activations of this dtype."""
+    if isinstance(weight, CodebookWeight):
+        return CodebookLinear(weight)
+    parts = (weight.words, weight.scales, weight.bits, weight.group_size, weight.group_index)
+    return CpuInt4Linear(weight) if has_cpu_int4(*parts, dtype) else QuantizedLinear(weight)
+
+
+class QuantizedLinearFactory:
+    """Makes a module with its weights wherever a folder holds a quantized matrix, and a `DenseLinear` without memory
+    elsewhere.
+
+    `math` is what many rows are multiplied in on a GPU. bf16 until the error of int8 activations is measured on whole
+    models.
+    """
+
+    def __init__(
+        self, layout: WeightLayout, device: torch.device, dtype: torch.dtype, math: Math = DEFAULT_MATH
+    ) -> None:
         self._layout = layout
         self._device = device
         self._dtype = dtype
+        self._math = math
+        self._told: set[str] = set()
 
     def __call__(self, name: str, in_features: int, out_features: int) -> nn.Module:
         if name not in self._layout.matrices:
             return DenseLinear(in_features, out_features, torch.device("meta"), self._dtype)
-        return QuantizedLinear(self._layout.read(name).to(self._device), self._dtype)
+        weight = self._layout.read(name).to(self._device)
+        if self._device.type != "cuda" or isinstance(weight, CodebookWeight):
+            return make_linear(weight, self._dtype)
+        why = why_no_kernel(weight, self._dtype)
+        if why:
+            self._tell_once(name, why)
+            return make_linear(weight, self._dtype)
+        return KernelLinear(weight, self._math, self._workspace)
+
+    @cached_property
+    def _workspace(self) -> Workspace:
+        largest = max(math.prod(matrix.shape) for matrix in self._layout.matrices.values())
+        return new_workspace(self._device, largest, self._math)
+
+    def _tell_once(self, name: str, why: str) -> None:
+        """A matrix without a kernel is slow: said at load, once for each reason."""
+        if why not in self._told:
+            self._told.add(why)
+            _LOG.warning("no GPU kernel for %s and matrices like it, which are slow: %s", name, why)
 
 
-def quantized_bytes(layout: WeightLayout, device: torch.device, dtype: torch.dtype) -> int:
-    """At most so many bytes do the quantized matrices take, loaded for activations of this dtype."""
-    copies = 2 if device.type == "cpu" and dtype == torch.bfloat16 else 1
-    return sum(copies * matrix.num_bytes for matrix in layout.matrices.values())
-
-
-def _parts(weight: PackedWeight) -> tuple[Tensor, Tensor, int, int, Tensor | None]:
-    return weight.words, weight.scales, weight.bits, weight.group_size, weight.group_index
+def quantized_bytes(layout: WeightLayout) -> int:
+    """At most so many bytes do the quantized matrices take once they are loaded."""
+    return sum(matrix.num_bytes for matrix in layout.matrices.values())

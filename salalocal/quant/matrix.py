@@ -1,6 +1,7 @@
-"""One matrix: the stored weights of a linear map come in, an `IntWeight` with its errors goes out; for the quantizer.
+"""One matrix: the stored weights of a linear map come in, a quantized one with its errors goes out; for the quantizer.
 
-Worked on by pieces of rows, so that no copy of the whole in float32 is made. The pieces depend on the shape alone.
+Worked on where the weights are, by pieces of rows, so that no copy of the whole in float32 is made. The pieces depend
+on the shape and the kind of device alone.
 """
 
 import math
@@ -11,13 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from salalocal.quant.codebook import CodebookScheme, round_to_codebook
 from salalocal.quant.gptq import Feedback, round_with_feedback, squared_output_norms
-from salalocal.quant.int4 import IntScheme, IntWeight
 from salalocal.quant.rounding import round_to_nearest, squared_norms
+from salalocal.quant.stored import QuantizedWeight, Scheme, joined
 from salalocal.quant.workers import Workers, pieces
 
-_PIECE_WEIGHTS = 2**18  # in float32 what a core's cache holds
-_PIECE_ROWS_WITH_FEEDBACK = 256  # fewer would spend the time between the columns
+# By kind of device: in float32 what a core's cache holds, or what keeps a card busy.
+_PIECE_WEIGHTS = {"cpu": 2**18, "cuda": 2**24}
+_PIECE_ROWS_WITH_FEEDBACK = {"cpu": 256, "cuda": 2**14}  # fewer would spend the time between the columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +36,18 @@ class Inputs:
 
 @dataclass(frozen=True)
 class MatrixErrors:
-    """Norm of what was lost over the norm of the whole: of the weights, and of the outputs if inputs are known."""
+    """Norm of what was lost over the norm of the whole: of the weights, and of the outputs if inputs are known.
+
+    Against the original weights and on the inputs that the quantized layers in front give. Feedback that makes up for
+    what those have lost raises both on purpose.
+    """
 
     weights: float
     outputs: float | None
 
 
 class _Piece(NamedTuple):
-    quantized: IntWeight
+    quantized: QuantizedWeight
     weights_lost: float
     weights: float
     outputs_lost: float
@@ -48,26 +55,31 @@ class _Piece(NamedTuple):
 
 
 def quantize_matrix(
-    weight: Tensor, scheme: IntScheme, scale_dtype: torch.dtype, inputs: Inputs | None, workers: Workers
-) -> tuple[IntWeight, MatrixErrors]:
+    weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, inputs: Inputs | None, workers: Workers
+) -> tuple[QuantizedWeight, MatrixErrors]:
     """Quantize a whole matrix. Shapes: weight [out, in], finite."""
-    has_feedback = inputs is not None and inputs.feedback is not None
-    rows = _PIECE_ROWS_WITH_FEEDBACK if has_feedback else max(1, _PIECE_WEIGHTS // weight.shape[1])
+    rows = _rows_at_a_time(weight, scheme, inputs is not None and inputs.feedback is not None)
     done = list(workers.map(partial(_quantize_rows, scheme, scale_dtype, inputs), pieces(weight, rows)))
-    whole = IntWeight(
-        torch.cat([piece.quantized.codes for piece in done]),
-        torch.cat([piece.quantized.scales for piece in done]),
-        scheme.bits,
-        scheme.group_size,
-    )
+    whole = joined([piece.quantized for piece in done])
     weights = _relative(sum(piece.weights_lost for piece in done), sum(piece.weights for piece in done))
     outputs = _relative(sum(piece.outputs_lost for piece in done), sum(piece.outputs for piece in done))
     return whole, MatrixErrors(weights, outputs if inputs else None)
 
 
-def _quantize_rows(scheme: IntScheme, scale_dtype: torch.dtype, inputs: Inputs | None, rows: Tensor) -> _Piece:
+def _rows_at_a_time(weight: Tensor, scheme: Scheme, has_feedback: bool) -> int:
+    kind, num_in = weight.device.type, weight.shape[1]
+    if has_feedback:
+        return _PIECE_ROWS_WITH_FEEDBACK[kind]
+    multiple = scheme.row_multiple(num_in) if isinstance(scheme, CodebookScheme) else 1
+    return max(1, _PIECE_WEIGHTS[kind] // num_in // multiple) * multiple
+
+
+def _quantize_rows(scheme: Scheme, scale_dtype: torch.dtype, inputs: Inputs | None, rows: Tensor) -> _Piece:
     weight = rows.float()
-    if inputs is not None and inputs.feedback is not None:
+    quantized: QuantizedWeight
+    if isinstance(scheme, CodebookScheme):
+        quantized = round_to_codebook(weight, scheme, scale_dtype)
+    elif inputs is not None and inputs.feedback is not None:
         quantized = round_with_feedback(weight, inputs.feedback, scheme, scale_dtype)
     else:
         quantized = round_to_nearest(weight, scheme, scale_dtype)

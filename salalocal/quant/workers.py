@@ -6,6 +6,7 @@ threads. torch by itself would split a sum differently for another number of thr
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from types import TracebackType
 from typing import Self, TypeVar
@@ -56,3 +57,14 @@ def _without_gradients(function: Callable[[Item], Result], item: Item) -> Result
 def pieces(tensor: Tensor, num_rows: int) -> Iterator[Tensor]:
     """The tensor in views of at most so many rows. Shapes: [N, ...]."""
     return (tensor[start : start + num_rows] for start in range(0, tensor.shape[0], num_rows))
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """How torch multiplies fp32 matrices inside: "highest" keeps every bit, "high" lets CUDA use TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

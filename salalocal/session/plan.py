@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from salalocal.checkpoint.folder import stored_bytes
-from salalocal.checkpoint.hub import resolve_model
+from salalocal.checkpoint.hub import find_model
 from salalocal.engine.budget import (
     MAX_CONTEXT_TOKENS,
     CacheFormat,
     MemoryPlan,
     PlanOptions,
+    StoredWeights,
     WeightFormat,
     longest_context,
     plan_memory,
@@ -74,32 +75,35 @@ def plan_model(settings: Settings, flags: PlanFlags, tell: Callable[[str], None]
     Raises: HubError, CheckpointError, RequestError, BackendError.
     """
     tell(model_choice(settings))
-    config, int4_bytes = _find_model(settings.model, tell)
+    config, quantized = _find_model(settings.model, tell)
     memory_bytes, is_cuda = flags.memory_bytes, True
     if memory_bytes is None:
         memory_bytes, is_cuda = _memory_here(settings.device)
         tell(f"memory: {memory_bytes:,} bytes are free on this {'card' if is_cuda else 'machine (no card is used)'}")
-    stored = _WEIGHTS[config.dtype] if int4_bytes is None else WeightFormat.INT4.value
+    stored = _WEIGHTS[config.dtype] if quantized is None else quantized.weights.value
     weights = WeightFormat(_word("--weights", flags.weights or stored, WeightFormat))
     default_cache = "fp32" if weights is WeightFormat.FP32 else "bf16"
     cache = CacheFormat(_word("--kv-cache", flags.cache or default_cache, CacheFormat))
     if cache is CacheFormat.INT8:
         tell("int8 caches are planned for, but this version cannot make them yet")
-    options = PlanOptions(weights, cache, is_cuda=is_cuda, int4_bytes=int4_bytes)
+    options = PlanOptions(weights, cache, is_cuda=is_cuda, stored=quantized)
     return make_plan(config, PlanRequest(settings.model, flags.ctx, memory_bytes, options))
 
 
-def _find_model(model: str, tell: Callable[[str], None]) -> tuple[SalaConfig, int | None]:
-    """The shape of a model, and the bytes of its weights if they are quantized."""
+def _find_model(model: str, tell: Callable[[str], None]) -> tuple[SalaConfig, StoredWeights | None]:
+    """The shape of a model, and its weights if they are quantized."""
     try:
-        folder = resolve_model(model)
+        folder = find_model(model)
     except HubError:
         if model != RELEASED_MODEL:
             raise
         tell(f"{model} is not on this machine: this plan is for its released shape")
         return SalaConfig.released(), None
     config = read_config(folder)
-    return config, None if config.quantization_config is None else stored_bytes(folder)
+    record = config.quantization_config
+    if record is None:
+        return config, None
+    return config, StoredWeights(WeightFormat.of_record(record), stored_bytes(folder))
 
 
 def _memory_here(device_name: str | None) -> tuple[int, bool]:

@@ -1,5 +1,6 @@
 """Quantizing a model by name: settings and options in, a quantized model folder and its card out; for `quantize`."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,19 +8,32 @@ from typing import Any
 
 import platformdirs
 
-from salalocal.checkpoint.hub import is_hub_id, resolve_model
-from salalocal.errors import RequestError
-from salalocal.prompt.pack import PromptPack
-from salalocal.prompt.sources import read_sources
-from salalocal.prompt.template import Conversation
-from salalocal.quant.calibration import DEFAULT_SEQUENCE_TOKENS, cut_sequences
+from salalocal.checkpoint.checkpoint import Checkpoint
+from salalocal.checkpoint.folder import ModelFolder
+from salalocal.checkpoint.hub import find_model, is_hub_id
+from salalocal.device import pick_device
+from salalocal.durable import replace_file
+from salalocal.errors import CheckpointError, RequestError
+from salalocal.quant.job import CARD_FILE
 from salalocal.quant.quantizer import Quantizer, StepProgress
-from salalocal.quant.recipe import QuantizeOptions
-from salalocal.session.start import Sources, Tell, model_choice, tell_skips
+from salalocal.quant.recipe import GPTQ, RTN, QuantizeOptions
+from salalocal.session.start import Sources, Tell, model_choice
+from salalocal.session.texts import (
+    CALIBRATION,
+    DEFAULT_SEQUENCE_TOKENS,
+    Ids,
+    cut_sequences,
+    file_text,
+    shipped_text,
+)
 from salalocal.session.tokens import TextCodec
 from salalocal.settings import APPLICATION, Settings
 
 DEFAULT_CALIBRATION_TOKENS = 8 * DEFAULT_SEQUENCE_TOKENS
+_MOST_PARAMETERS_ON_CPU = 200_000_000  # GPTQ then takes an hour or so on a few cores
+
+Measure = Callable[[ModelFolder, ModelFolder], dict[str, Any] | None]
+"""Holds a quantized copy (second) against its original and gives figures for the card, or None if it cannot."""
 
 
 @dataclass(frozen=True)
@@ -44,37 +58,73 @@ class QuantizedModel:
 
 
 def quantize_model(
-    settings: Settings, request: QuantizeRequest, on_progress: Callable[[StepProgress], None], tell: Tell
+    settings: Settings,
+    request: QuantizeRequest,
+    on_progress: Callable[[StepProgress], None],
+    tell: Tell,
+    measure: Measure | None = None,
 ) -> QuantizedModel:
-    """Quantize the chosen model, or go on with it where an earlier run stopped.
+    """Quantize the chosen model, or go on with it where an earlier run stopped; then measure what it has lost.
 
-    Raises: RequestError, HubError, CheckpointError, PackError, NumericError, BusyError.
+    The figures join the card of the finished folder, under `quality`; a folder that has them is not measured again.
+    Their last digits may move with the number of threads; all else that is written does not.
+    Raises: RequestError, HubError, CheckpointError, PackError, NumericError, BusyError, BackendError.
     """
     tell(model_choice(settings))
-    folder = resolve_model(settings.model)
+    source = find_model(settings.model)
     out = request.out or _default_out(settings.model, request.options)
-    if out.absolute() == folder.absolute():
+    if out.absolute() == source.path.absolute():
         raise RequestError("--out is the folder of the model itself", "name another folder")
-    sequences = _calibration(folder, request, tell) if request.calibration.paths else []
+    device = pick_device(settings.device)
+    sequences = _calibration(source, request, tell)
     tell(f"result: {out}")
-    card = Quantizer(folder, out, request.options, sequences).run(on_progress)
+    card = Quantizer(source, out, request.options, sequences, device=device).run(on_progress)
+    if measure is not None and "quality" not in card:
+        quality = measure(source, ModelFolder(out))
+        if quality is not None:
+            card = {**card, "quality": quality}
+            _write_card(out, card)
     return QuantizedModel(out, card)
 
 
+def usual_method(settings: Settings, tell: Tell) -> str:
+    """The method for who names none: GPTQ, which loses least, where it takes minutes; else rounding to nearest.
+
+    Raises: HubError, CheckpointError, RequestError, BackendError.
+    """
+    device = pick_device(settings.device)
+    num_parameters = Checkpoint.open(find_model(settings.model)).config.num_parameters
+    if device.type == "cuda" or num_parameters <= _MOST_PARAMETERS_ON_CPU:
+        tell("method: gptq, which loses least")
+        return GPTQ
+    tell(f"method: rtn, since gptq would read its text through {num_parameters / 1e9:.1f} G parameters on a CPU")
+    return RTN
+
+
 def _default_out(model: str, options: QuantizeOptions) -> Path:
-    name = model.replace("/", "--") if is_hub_id(model) else Path(model).resolve().name
+    name = model.replace("/", "--") if is_hub_id(model.partition(":")[0]) else Path(model).resolve().name
     models = platformdirs.user_data_path(APPLICATION, appauthor=False) / "models"
-    return models / f"{name}-int{options.bits}-g{options.group_size}-{options.method}"
+    return models / f"{name.replace(':', '-')}-{options.label}"
 
 
-def _calibration(folder: Path, request: QuantizeRequest, tell: Tell) -> list[tuple[int, ...]]:
-    """The ids of the files as they stand in a prompt, cut into sequences."""
-    sources = request.calibration
-    reading = read_sources(sources.paths, sources.limits, sources.stdin)
-    tell_skips(reading, tell)
-    pack = PromptPack.build(reading, sources.order)
-    segments = TextCodec.from_folder(folder).template.render(Conversation(None, pack))
-    ids = [token for segment in segments for token in segment.ids]
-    used = ids[: request.calibration_tokens]
-    tell(f"calibration: {len(used):,} of the {len(ids):,} tokens of {len(reading.documents):,} files")
-    return cut_sequences(used)
+def _calibration(source: ModelFolder, request: QuantizeRequest, tell: Tell) -> list[Ids]:
+    """The ids of the files as they stand in a prompt, or of the shipped texts, cut into sequences."""
+    if not request.calibration.paths and request.options.method != GPTQ:
+        return []
+    codec = TextCodec.from_folder(source.path)
+    if request.calibration.paths:
+        text = file_text(request.calibration, codec, tell)
+    else:
+        text = shipped_text(CALIBRATION, codec)
+    sequences = cut_sequences(text, DEFAULT_SEQUENCE_TOKENS, request.calibration_tokens)
+    used = sum(map(len, sequences))
+    tell(f"calibration: {used:,} of the {text.num_tokens:,} tokens of {text.name}")
+    return sequences
+
+
+def _write_card(folder: Path, card: dict[str, Any]) -> None:
+    data = (json.dumps(card, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    try:
+        replace_file(folder / CARD_FILE, lambda file: file.write(data))
+    except OSError as error:
+        raise CheckpointError(f"{folder / CARD_FILE}: cannot write: {error.strerror or error}") from error

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from salalocal.checkpoint.checkpoint import Checkpoint
-from salalocal.checkpoint.hub import BUILTIN, resolve_model
+from salalocal.checkpoint.folder import ModelFolder
+from salalocal.checkpoint.hub import BUILTIN, find_model
 from salalocal.device import device_memory, pick_device
-from salalocal.engine.budget import CacheFormat, PlanOptions, WeightFormat, check_fits, plan_memory
+from salalocal.engine.budget import CacheFormat, PlanOptions, StoredWeights, WeightFormat, check_fits, plan_memory
 from salalocal.engine.engine import Engine, EngineConfig
 from salalocal.engine.load import default_dtype, load_model, weight_bytes
 from salalocal.engine.sampling_params import SamplingParams
@@ -145,27 +146,29 @@ def load(model: str | Path = BUILTIN, *, device: str | None = None, dtype: str |
     `device` and `dtype` None let salalocal choose: a CUDA device if there is one; the checkpoint's dtype, or float32
     for a small model on a CPU. Raises: HubError, CheckpointError, BackendError, MemoryBudgetError, RequestError.
     """
-    return open_runtime(resolve_model(model), str(model), LoadOptions(device, dtype))
+    return open_runtime(find_model(model), str(model), LoadOptions(device, dtype))
 
 
-def open_runtime(folder: Path, name: str, options: LoadOptions, codec: TextCodec | None = None) -> Runtime:
+def open_runtime(place: Path | ModelFolder, name: str, options: LoadOptions, codec: TextCodec | None = None) -> Runtime:
     """Open a model folder under a name; a codec that is open already is used as it is. Raises: as `load`."""
     wanted = _torch_dtype(options.dtype)
     device = pick_device(options.device)
     engine_config = EngineConfig() if options.chunk_size is None else EngineConfig(options.chunk_size)
+    folder = ModelFolder.of(place)
     checkpoint = Checkpoint.open(folder)
-    codec = codec or TextCodec.from_folder(folder)
+    codec = codec or TextCodec.from_folder(folder.path)
     if codec.tokenizer.vocab_size > checkpoint.config.vocab_size:
         raise CheckpointError(
-            f"{folder.name}: the tokenizer knows {codec.tokenizer.vocab_size:,} tokens, "
+            f"{folder.path.name}: the tokenizer knows {codec.tokenizer.vocab_size:,} tokens, "
             f"the model {checkpoint.config.vocab_size:,}",
             "the folder mixes two models; download it again",
         )
     dtype = wanted or default_dtype(checkpoint, device)
     plan_options = PlanOptions(*_FORMATS[dtype], engine_config.chunk_size, device.type == "cuda")
-    if checkpoint.config.quantization_config is not None:
-        loaded_bytes = weight_bytes(checkpoint, device, dtype)
-        plan_options = replace(plan_options, weights=WeightFormat.INT4, int4_bytes=loaded_bytes)
+    record = checkpoint.config.quantization_config
+    if record is not None:
+        stored = StoredWeights(WeightFormat.of_record(record), weight_bytes(checkpoint, device, dtype))
+        plan_options = replace(plan_options, weights=stored.weights, stored=stored)
     plan = plan_memory(checkpoint.config, options.num_tokens, plan_options)
     check_fits(plan, device_memory(device).free_bytes, name)
     with naming_memory_errors("loading the weights"):

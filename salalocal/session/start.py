@@ -6,10 +6,10 @@ then torch loads the weights. What happens is told line by line.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from salalocal.checkpoint.hub import BUILTIN, resolve_model
+from salalocal.checkpoint.folder import ModelFolder
+from salalocal.checkpoint.hub import find_model, is_builtin
 from salalocal.checkpoint.names import CONFIG_FILE, MAX_CONFIG_BYTES
 from salalocal.checkpoint.strict_json import read_json_file
 from salalocal.model.config import SalaConfig
@@ -70,9 +70,9 @@ def model_choice(settings: Settings) -> str:
     return f"model: {settings.model} ({reason})"
 
 
-def read_config(folder: Path) -> SalaConfig:
+def read_config(folder: ModelFolder) -> SalaConfig:
     """The shape of a model, without its weights. Raises: CheckpointError."""
-    return SalaConfig.from_hf(read_json_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES))
+    return SalaConfig.from_hf(read_json_file(folder.file(CONFIG_FILE), MAX_CONFIG_BYTES))
 
 
 def tell_skips(reading: Reading, tell: Tell) -> None:
@@ -99,8 +99,8 @@ def open_session(settings: Settings, sources: Sources, stop: Sequence[str], tell
     tell(model_choice(settings))
     if settings.ctx is not None:
         tell(f"context: at most {settings.ctx:,} tokens (from {settings.origin('ctx')})")
-    folder = resolve_model(settings.model)
-    codec = TextCodec.from_folder(folder)
+    folder = find_model(settings.model)
+    codec = TextCodec.from_folder(folder.path)
     report = codec.report(pack, settings.system)
     if pack is not None:
         tell(f"{_reading_line(reading)}, {report.total_tokens:,} tokens")
@@ -115,7 +115,7 @@ def open_session(settings: Settings, sources: Sources, stop: Sequence[str], tell
     num_tokens = report.total_tokens + QUESTION_TOKENS + answer_room(sampling.max_tokens)
     options = LoadOptions(settings.device, settings.dtype, settings.chunk_size, num_tokens)
     runtime = open_runtime(folder, settings.model, options, codec)
-    if settings.model == BUILTIN:
+    if is_builtin(settings.model):
         tell(
             f"built-in demonstration model, {runtime.config.num_parameters / 1e6:.1f} M parameters: "
             "looks things up in files, cannot chat or reason"
@@ -143,7 +143,7 @@ def report_sources(settings: Settings, sources: Sources, tell: Tell) -> TokenRep
     reading = read_sources(sources.paths, sources.limits, sources.stdin)
     pack = PromptPack.build(reading, sources.order)
     tell(model_choice(settings))
-    report = TextCodec.from_folder(resolve_model(settings.model)).report(pack, settings.system)
+    report = TextCodec.from_folder(find_model(settings.model).path).report(pack, settings.system)
     return replace(report, skips=reading.skips, notes=reading.notes)
 
 

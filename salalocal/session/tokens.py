@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from salalocal.checkpoint.hub import BUILTIN
+from salalocal.checkpoint.hub import is_builtin
 from salalocal.errors import ContextError
 from salalocal.prompt.pack import PromptPack
 from salalocal.prompt.sources import Skip
@@ -120,4 +120,4 @@ def answer_room(max_tokens: int) -> int:
 
 def default_max_tokens(name: str) -> int:
     """How long an answer may get if nobody says: the built-in model copies lines, others may think first."""
-    return BUILTIN_MAX_TOKENS if name == BUILTIN else MAX_TOKENS
+    return BUILTIN_MAX_TOKENS if is_builtin(name) else MAX_TOKENS

@@ -12,8 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from salalocal.quant.quantizer import StepProgress
+from salalocal.quant.recipe import ROW
 from salalocal.session.quantizing import QuantizedModel
 from salalocal.terminal.console import Terminal
+from salalocal.terminal.eval_view import divergence_lines
+from salalocal.terminal.keyboard import EchoSwitch
 from salalocal.terminal.progress import duration
 from salalocal.terminal.tables import size
 
@@ -27,6 +30,7 @@ class QuantizeView:
     def __init__(self, terminal: Terminal) -> None:
         self._terminal = terminal
         self._live: Live | None = None
+        self._echo: EchoSwitch | None = None
         self._next_line_s = time.monotonic() + _LINE_EVERY_S
         self._num_resumed = 0
 
@@ -40,8 +44,8 @@ class QuantizeView:
             self._num_resumed = 0
         if progress.step == progress.num_steps:
             self.close()
-            peak = f", peak memory {size(progress.peak_bytes)}" if progress.peak_bytes else ""
-            self._terminal.tell(f"quantized in {duration(progress.elapsed_s)}{peak}", style="dim")
+            parts = [f"quantized in {duration(progress.elapsed_s)}", *_memory(progress)]
+            self._terminal.tell(", ".join(parts), style="dim")
         elif not self._terminal.is_quiet:
             self._draw(progress)
 
@@ -50,6 +54,9 @@ class QuantizeView:
         if self._live is not None:
             self._live.stop()
             self._live = None
+        if self._echo is not None:
+            self._echo.restore()
+            self._echo = None
 
     def _draw(self, progress: StepProgress) -> None:
         if not self._terminal.is_live:
@@ -59,6 +66,7 @@ class QuantizeView:
                 self._terminal.tell(f"quantizing: {progress.step} of {progress.num_steps} steps, {_figures(progress)}")
             return
         if self._live is None:
+            self._echo = EchoSwitch()
             self._live = Live(console=self._terminal.err, transient=True, refresh_per_second=_REFRESHES_PER_S)
             self._live.start()
         self._live.update(_bar(progress, self._terminal.err.width))
@@ -78,16 +86,21 @@ def _figures(progress: StepProgress) -> str:
     if progress.error is not None:
         parts.append(f"error {progress.error:.4f}")
     parts.append("time left unknown" if progress.left_s is None else f"{duration(progress.left_s)} left")
+    return ", ".join([*parts, *_memory(progress)])
+
+
+def _memory(progress: StepProgress) -> Iterator[str]:
     if progress.peak_bytes:
-        parts.append(f"peak memory {size(progress.peak_bytes)}")
-    return ", ".join(parts)
+        yield f"peak memory {size(progress.peak_bytes)}"
+    if progress.device_peak_bytes:
+        yield f"on the card {size(progress.device_peak_bytes)}"
 
 
 def card_lines(model: QuantizedModel) -> Iterator[str]:
-    """The card as lines: sizes, errors by kind of matrix, and how to use the result."""
+    """The card as lines: sizes, errors by kind of matrix, what was lost on text, and how to use the result."""
     card, options = model.card, model.card["identity"]["options"]
     errors = card["relative_errors"]
-    yield f"{options['method']}, {options['bits']} bits, groups of {options['group_size']}"
+    yield _title(options)
     yield f"{size(card['source_bytes'])} -> {size(card['result_bytes'])}"
     yield ""
     has_outputs = any(error["outputs"] is not None for error in errors.values())
@@ -97,12 +110,21 @@ def card_lines(model: QuantizedModel) -> Iterator[str]:
         yield _error_line(kind, [error for name, error in errors.items() if _kind(name) == kind], measures)
     yield _error_line("all", list(errors.values()), measures)
     yield ""
+    if "quality" in card:
+        yield from divergence_lines(card["quality"])
+        yield ""
     yield f"salalocal chat --model {shlex.quote(str(model.folder))}"
 
 
 def card_json(model: QuantizedModel) -> dict[str, Any]:
     """The card as plain data, with the folder."""
     return {"folder": str(model.folder), **model.card}
+
+
+def _title(options: dict[str, Any]) -> str:
+    if options["group_size"] == ROW:
+        return f"{options['method']}, {options['bits']} bits, one scale a row"
+    return f"{options['method']}, {options['bits']} bits, groups of {options['group_size']}"
 
 
 def _kind(tensor: str) -> str:

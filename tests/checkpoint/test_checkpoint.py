@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from salalocal.checkpoint.checkpoint import Checkpoint
+from salalocal.checkpoint.folder import ModelFolder
 from salalocal.checkpoint.names import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from salalocal.errors import CheckpointError
 
@@ -60,6 +61,33 @@ def test_links_to_a_blob_store_are_followed(folder: Path, tmp_path: Path) -> Non
     checkpoint = Checkpoint.open(snapshot)
     checkpoint.validate()
     assert checkpoint.tensor("model.norm.weight").shape == (48,)
+
+
+def test_variants_share_files_and_have_their_own_config(tmp_path: Path, seed: int) -> None:
+    config, tensors = small_config(), random_tensors(small_config(), seed)
+    shared = {name for name, tensor in tensors.items() if tensor.ndim == 1}
+    parts = {
+        "model-shared.safetensors": {name: tensors[name] for name in shared},
+        "model-one.safetensors": {name: tensor for name, tensor in tensors.items() if name not in shared},
+        "model-two.safetensors": {name: -tensor for name, tensor in tensors.items() if name not in shared},
+    }
+    for file, held in parts.items():
+        save_file(held, tmp_path / file)
+    for place, file, vocab_size in (
+        (ModelFolder(tmp_path), "model-one", 96),
+        (ModelFolder(tmp_path, "two"), "model-two", 95),
+    ):
+        weight_map = {name: "model-shared.safetensors" if name in shared else f"{file}.safetensors" for name in tensors}
+        place.file(INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+        place.file(CONFIG_FILE).write_text(json.dumps({**config.to_hf(), "vocab_size": vocab_size}))
+    one, two = Checkpoint.open(tmp_path), Checkpoint.open(ModelFolder(tmp_path, "two"))
+    assert (one.config.vocab_size, two.config.vocab_size) == (96, 95)
+    assert one.fingerprint != two.fingerprint and one.num_bytes == two.num_bytes
+    for name, tensor in tensors.items():
+        assert torch.equal(one.tensor(name), tensor)
+        assert torch.equal(two.tensor(name), tensor if name in shared else -tensor)
+    with pytest.raises(CheckpointError, match=":two: tensors do not fit"):
+        two.validate()
 
 
 def test_unknown_missing_and_misshapen_tensors_are_all_named(tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ from salalocal.engine.budget import (
     CacheFormat,
     MemoryPlan,
     PlanOptions,
+    StoredWeights,
     WeightFormat,
     check_fits,
     longest_context,
     plan_memory,
     weight_bytes,
 )
-from salalocal.errors import MemoryBudgetError, RequestError
+from salalocal.errors import CheckpointError, MemoryBudgetError, RequestError
 from salalocal.model.config import SalaConfig
 
 RELEASED = SalaConfig.released()
@@ -57,6 +58,67 @@ def test_the_figures_of_section_15_3(
 def test_the_figures_of_section_14() -> None:
     assert weight_bytes(RELEASED, WeightFormat.INT4) == 6_615_093_248
     assert weight_bytes(RELEASED, WeightFormat.FP32) == 2 * weight_bytes(RELEASED, WeightFormat.FP16)
+
+
+def test_other_formats_are_counted_by_formula() -> None:
+    packed = 8_338_276_352  # weights of the maps that INT4 packs; a zero point per group of 128 is as wide as a code
+    int8 = weight_bytes(RELEASED, WeightFormat.INT8) - weight_bytes(RELEASED, WeightFormat.INT4)
+    assert int8 == packed // 2 + packed // 128 // 2
+    with_gates = 8_875_147_264
+    codebook = 2 * (RELEASED.num_parameters - with_gates) + with_gates // 2 + 4 * with_gates // 64
+    assert weight_bytes(RELEASED, WeightFormat.NF4) == weight_bytes(RELEASED, WeightFormat.FP4) == codebook
+
+
+def int_record(bits: object) -> dict[str, object]:
+    return {"quant_method": "gptq", "bits": bits}
+
+
+def packed_record(bits: object) -> dict[str, object]:
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": bits}}}}
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (int_record(4), WeightFormat.INT4),
+        (int_record(8), WeightFormat.INT8),
+        (packed_record(8), WeightFormat.INT8),
+        (packed_record(4), WeightFormat.INT4),
+        ({"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}, WeightFormat.NF4),
+        ({"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "fp4"}, WeightFormat.FP4),
+    ],
+)
+def test_a_record_names_its_format(record: dict[str, object], expected: WeightFormat) -> None:
+    assert WeightFormat.of_record(record) is expected
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {},
+        int_record(3),
+        int_record(None),
+        packed_record([4]),
+        {"quant_method": "compressed-tensors"},
+        {"quant_method": "compressed-tensors", "config_groups": {}},
+        {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": 4}}},
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": ["nf4"]},
+        {"quant_method": "awq", "bits": 4},
+        {"quant_method": {"gptq": 1}},
+    ],
+)
+def test_a_record_without_a_known_format_is_refused(record: dict[str, object]) -> None:
+    with pytest.raises(CheckpointError, match="int8, int4, nf4, fp4"):
+        WeightFormat.of_record(record)
+
+
+def test_a_quantized_folder_is_counted_only_where_its_format_is_planned() -> None:
+    stored = StoredWeights(WeightFormat.NF4, 12345)
+    assert plan_memory(RELEASED, 1, PlanOptions(WeightFormat.NF4, stored=stored)).weight_bytes == 12345
+    for other in (WeightFormat.BF16, WeightFormat.INT4):
+        plan = plan_memory(RELEASED, 1, PlanOptions(other, stored=stored))
+        assert plan.weight_bytes == weight_bytes(RELEASED, other)
 
 
 def test_an_int8_cache_halves_the_keys_and_values_but_for_the_scales() -> None:

@@ -18,9 +18,11 @@ from salalocal.engine import load as load_module
 from salalocal.engine.engine import Engine
 from salalocal.engine.load import MAX_DEFAULT_FLOAT32_BYTES, default_dtype, load_model, weight_bytes
 from salalocal.errors import CheckpointError, MemoryBudgetError
+from salalocal.kernels.cpu_int4_matmul import max_kernel_rows
 from salalocal.model.config import SalaConfig
 from salalocal.model.sala import SalaModel
-from salalocal.quant.linear import QuantizedLinear
+from salalocal.quant.int4 import IntScheme
+from salalocal.quant.linear import CpuInt4Linear, QuantizedLinear
 
 CPU = torch.device("cpu")
 
@@ -168,6 +170,27 @@ def test_a_quantized_folder_computes_what_its_codes_mean(
     ids = list(range(90))
     logits, exact = Engine(model).logits(ids), Engine(plain).logits(ids)
     assert (logits - exact).norm() / exact.norm() < tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-2), (torch.bfloat16, 3e-2)])
+def test_any_cut_of_a_text_gives_a_quantized_model_the_same(
+    tmp_path: Path, seed: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    """The law of the dense model, within what bf16 rounding of a linear map's inputs and outputs leaves of it: torch's
+    int4 kernel rounds them, and with AVX2 takes few rows only. The text ends before blocks are picked, whose near ties
+    any rounding may flip."""
+    scheme = IntScheme(4, 32)
+    config = small_config(hidden_size=64, intermediate_size=96)
+    stored, _ = quantized_tensors(random_tensors(config, seed), lambda name: scheme if "_proj." in name else None)
+    model = load_model(Checkpoint.open(written_quantized(tmp_path, config, stored, gptq_record(scheme))), CPU, dtype)
+    if max_kernel_rows():
+        # Whole blocks of output features are needed: 32 with AVX2, 64 with AVX512, which fewer of these maps have.
+        assert sum(isinstance(module, CpuInt4Linear) for module in model.modules()) >= 8
+    ids = torch.randint(90, (config.sparse.dense_len - 1,), generator=torch.Generator().manual_seed(seed)).tolist()
+    whole = Engine(model).logits(ids, len(ids))
+    for chunk_size in (1, 7, 33):
+        error = float((Engine(model).logits(ids, chunk_size) - whole).norm() / whole.norm())
+        assert error < tolerance
 
 
 def test_a_quantized_folder_needs_its_packed_bytes_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

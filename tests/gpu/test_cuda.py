@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from salalocal.checkpoint.checkpoint import Checkpoint
-from salalocal.checkpoint.hub import resolve_model
+from salalocal.checkpoint.hub import find_model
 from salalocal.engine.engine import Engine, EngineConfig
 from salalocal.engine.load import load_model
 from salalocal.engine.sampling_params import SamplingParams
@@ -20,7 +20,7 @@ NUM_TOKENS = 6_000  # the built-in model picks blocks from row 4,095 on
 
 
 def engine(device: str, dtype: torch.dtype) -> Engine:
-    checkpoint = Checkpoint.open(resolve_model("builtin"))
+    checkpoint = Checkpoint.open(find_model("builtin:bf16"))
     return Engine(load_model(checkpoint, torch.device(device), dtype), EngineConfig(512))
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from salalocal.kernels.block_attention import reference as module
 from salalocal.kernels.block_attention import block_attention_definition, block_attention_reference
+from salalocal.kernels.block_attention import reference as module
 from salalocal.kernels.dense_attention import dense_attention_definition
 
 # Absolute error against float64 for unit normal values; the half precisions are dominated by their rounded output.

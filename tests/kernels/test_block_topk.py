@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from salalocal.kernels.block_topk import reference as module
 from salalocal.kernels.block_topk import BlockGeometry, block_topk_definition, block_topk_reference
+from salalocal.kernels.block_topk import reference as module
 from salalocal.kernels.pooled_keys import num_pooled, pooled_keys_reference
 
 

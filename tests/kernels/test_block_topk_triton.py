@@ -19,7 +19,7 @@ SCALE = 0.3
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows and keys at a time, so that small inputs have many tiles, and lists that fill and are cut."""
-    launch = prefill.PrefillLaunch(tile_rows=16, tile_keys=16, segment_tiles=3, num_warps=4, num_stages=2)
+    launch = prefill.PrefillLaunch(tile_rows=16, tile_keys=16, segment_tiles=2, num_warps=4, num_stages=2)
     monkeypatch.setattr(prefill, "LAUNCH", {80: launch})
     slices = decode.DecodeLaunch(tile_keys=16, programs_per_core=6, num_warps=4, num_stages=2)
     monkeypatch.setattr(decode, "LAUNCH", {80: slices})

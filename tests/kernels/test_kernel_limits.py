@@ -1,4 +1,4 @@
-"""Every kernel configuration that ships compiles for every card we name, within its shared memory and without spills."""
+"""Every kernel configuration that ships compiles for the cards we name, within their shared memory, without spills."""
 
 import json
 import os

@@ -137,11 +137,15 @@ def test_a_shape_that_contradicts_the_config_is_named(tmp_path: Path, seed: int)
         layout.read(MODULE)
 
 
+@pytest.mark.parametrize("strategy", ["group", "channel"])
 @pytest.mark.parametrize("scheme", [IntScheme(4, 32), IntScheme(8, 16), IntScheme(4, 128)], ids=str)
-def test_the_library_packs_and_unpacks_the_same_numbers(seed: int, scheme: IntScheme) -> None:
+def test_the_library_packs_and_unpacks_the_same_numbers(seed: int, scheme: IntScheme, strategy: str) -> None:
     library = pytest.importorskip("compressed_tensors", reason="needs compressed-tensors, a test extra")
     packer = pytest.importorskip("compressed_tensors.compressors").PackedQuantizationCompressor
     asked = record(scheme)["config_groups"]["group_0"]
+    if strategy == "channel":
+        scheme = IntScheme(scheme.bits, 128)
+        asked = record(scheme, strategy="channel", group_size=None)["config_groups"]["group_0"]
     theirs = library.quantization.QuantizationScheme.model_validate(asked)
     weight = torch.randn(24, 128, generator=torch.Generator().manual_seed(seed))
     ours = rounded(weight, scheme, torch.float32)

@@ -100,7 +100,7 @@ def test_a_group_per_row_may_be_spelled_minus_one(tmp_path: Path, seed: int) -> 
         ({"dynamic": [1]}, "dynamic is not an object"),
         ({"dynamic": {f"+:{i}": {} for i in range(257)}}, "at most 256 patterns"),
         ({"dynamic": {"+:x": {"bits": 2}}}, r"dynamic \+:x: 2 bits"),
-        ({"quant_method": "awq"}, "quantized by awq, gptq and compressed-tensors can be read"),
+        ({"quant_method": "awq"}, "quantized by awq, gptq, compressed-tensors, bitsandbytes can be read"),
         ({"quant_method": ["gptq"]}, "can be read"),
     ],
 )

@@ -104,3 +104,22 @@ def test_weights_of_the_wrong_shape_are_a_callers_mistake() -> None:
     assert not odd.scheme.can_pack(6, 32) and odd.scheme.can_pack(8, 32)
     with pytest.raises(ValueError, match="whole words"):
         to_gptq(odd)
+
+
+def test_pieces_of_rows_join_to_the_whole(seed: int) -> None:
+    for act_order in (False, True):
+        whole = random_weight(40, 96, IntScheme(4, 32), seed, act_order)
+        pieces = [
+            IntWeight(codes, scales, 4, 32, whole.group_index)
+            for codes, scales in zip(whole.codes.split(16), whole.scales.split(16), strict=True)
+        ]
+        back = IntWeight.joined(pieces)
+        assert torch.equal(back.codes, whole.codes) and torch.equal(back.dequantize(), whole.dequantize())
+
+
+def test_a_matrix_takes_no_more_memory_than_its_scheme_says(seed: int) -> None:
+    for scheme in SCHEMES:
+        packed = random_weight(24, 128, scheme, seed, True, torch.float32).packed()
+        assert packed.group_index is not None
+        held = packed.words.nbytes + packed.scales.nbytes + packed.group_index.nbytes
+        assert held == scheme.num_bytes(24, 128)

@@ -22,8 +22,8 @@ def case(seed: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("kind", ["alone", "measured", "gptq"])
 def test_pieces_make_the_whole(kind: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrix, "_PIECE_WEIGHTS", 7 * 64)
-    monkeypatch.setattr(matrix, "_PIECE_ROWS_WITH_FEEDBACK", 11)
+    monkeypatch.setattr(matrix, "_PIECE_WEIGHTS", {"cpu": 7 * 64})
+    monkeypatch.setattr(matrix, "_PIECE_ROWS_WITH_FEEDBACK", {"cpu": 11})
     weight, moments = case(seed)
     feedback = make_feedback(moments) if kind == "gptq" else None
     inputs = None if kind == "alone" else Inputs(moments.float(), feedback)

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from salalocal.quant.workers import Workers, pieces
+from salalocal.quant.workers import Workers, matmul_precision, pieces
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -55,3 +55,12 @@ def test_pieces_are_views_that_cover_the_whole() -> None:
     cut = list(pieces(whole, 3))
     assert [len(piece) for piece in cut] == [3, 3, 1] and torch.equal(torch.cat(cut), whole)
     assert cut[0].data_ptr() == whole.data_ptr()
+
+
+def test_precision_is_put_back() -> None:
+    before = torch.get_float32_matmul_precision()
+    for other in ("high", "highest"):
+        with pytest.raises(KeyError), matmul_precision(other):
+            assert torch.get_float32_matmul_precision() == other
+            raise KeyError(other)
+        assert torch.get_float32_matmul_precision() == before

@@ -1,14 +1,19 @@
 """Plans: the table, the longest context, and commands that do fit."""
 
 import shlex
+from pathlib import Path
+from typing import Any
 
 import pytest
+from checkpoint_cases import random_tensors, small_config
+from quantized_cases import gptq_record, written_quantized
 from typer.testing import CliRunner
 
 from salalocal.cli import app
 from salalocal.engine.budget import CacheFormat, PlanOptions, WeightFormat
-from salalocal.errors import HubError, RequestError
+from salalocal.errors import CheckpointError, HubError, RequestError
 from salalocal.model.config import SalaConfig
+from salalocal.quant.int4 import IntScheme
 from salalocal.session.plan import RELEASED_MODEL, PlanFlags, PlanRequest, make_plan, plan_model, short_tokens
 from salalocal.settings import Settings
 
@@ -69,3 +74,31 @@ def test_without_a_given_memory_this_machine_is_planned_for() -> None:
 @pytest.mark.parametrize(("tokens", "text"), [(65536, "64k"), (2**20, "1m"), (1000, "1000"), (1536 * 1024, "1536k")])
 def test_short_tokens(tokens: int, text: str) -> None:
     assert short_tokens(tokens) == text
+
+
+@pytest.mark.parametrize(
+    ("record", "word"),
+    [
+        (gptq_record(IntScheme(8, 16)), "int8"),
+        (gptq_record(IntScheme(4, 16)), "int4"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4"),
+    ],
+)
+def test_a_quantized_folder_is_planned_for_under_its_own_name(
+    tmp_path: Path, seed: int, record: dict[str, Any], word: str
+) -> None:
+    tensors = random_tensors(small_config(), seed)
+    folder = written_quantized(tmp_path, small_config(), tensors, record)
+    report = plan_model(Settings(model=str(folder)), PlanFlags(memory_bytes=GIB), lambda _: None)
+    assert report.request.options.weights.value == word
+    assert {plan.weight_bytes for plan in report.plans} == {sum(tensor.nbytes for tensor in tensors.values())}
+    result = CliRunner().invoke(app, ["plan", str(folder), "--gpu-memory", "1g"])
+    assert result.exit_code == 0 and f"weights {word}, " in result.output
+    other = plan_model(Settings(model=str(folder)), PlanFlags(memory_bytes=GIB, weights="bf16"), lambda _: None)
+    assert {plan.weight_bytes for plan in other.plans} == {2 * small_config().num_parameters}
+
+
+def test_a_folder_that_cannot_be_read_is_not_planned_for(tmp_path: Path, seed: int) -> None:
+    folder = written_quantized(tmp_path, small_config(), random_tensors(small_config(), seed), {"quant_method": "awq"})
+    with pytest.raises(CheckpointError, match="none of the formats that can be read"):
+        plan_model(Settings(model=str(folder)), PlanFlags(memory_bytes=GIB), lambda _: None)

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 import salalocal
 from salalocal.checkpoint.checkpoint import Checkpoint
-from salalocal.checkpoint.hub import resolve_model
+from salalocal.checkpoint.folder import ModelFolder
+from salalocal.checkpoint.hub import find_model
 from salalocal.cli import app
 from salalocal.engine.budget import WeightFormat
 from salalocal.engine.sampling_params import SamplingParams
@@ -26,8 +27,8 @@ GIB = 2**30
 EXAMPLE = Path(__file__).parents[2] / "examples" / "beacon" / "beacon" / "config.py"
 
 
-def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    checkpoint = Checkpoint.open(folder)
+def stored_tensors(place: Path | ModelFolder) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoint.open(place)
     return {name: checkpoint.tensor(name) for name in checkpoint.tensor_names}
 
 
@@ -65,9 +66,9 @@ def test_a_plan_counts_the_weights_in_the_files(quantized_folder: Path) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_built_in_model_still_finds_what_it_is_asked_for(tmp_path: Path, bits: int) -> None:
     scheme = IntScheme(bits, 128)
-    source = resolve_model("builtin")
+    source = find_model("builtin:bf16")
     folder = quantized_copy(
-        source, tmp_path, stored_tensors(source), lambda name: None if "embed" in name else scheme, scheme
+        source.path, tmp_path, stored_tensors(source), lambda name: None if "embed" in name else scheme, scheme
     )
     runtime = salalocal.load(folder, device="cpu")
     session = runtime.session(files=[EXAMPLE])
@@ -76,7 +77,7 @@ def test_the_built_in_model_still_finds_what_it_is_asked_for(tmp_path: Path, bit
 
     if bits == 8:  # what 4 bits lose depends on how they are rounded, which is not asked here
         ids = runtime.tokenizer.encode(EXAMPLE.read_text())
-        exact = salalocal.load("builtin", device="cpu").logits(ids).log_softmax(-1)
+        exact = salalocal.load("builtin:bf16", device="cpu").logits(ids).log_softmax(-1)
         rounded = runtime.logits(ids).log_softmax(-1)
         divergence = float((exact.exp() * (exact - rounded)).sum(-1).mean())
         agreement = float((exact.argmax(-1) == rounded.argmax(-1)).float().mean())

@@ -1,17 +1,24 @@
 """Quantizing by name: the place of the result, the calibration text, and a model that can be asked."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_model
+import tiny_tokenizer
 import torch
 
+from salalocal.checkpoint.folder import ModelFolder
 from salalocal.errors import HubError, PackError, RequestError
+from salalocal.quant.job import CARD_FILE
+from salalocal.quant.quantizer import Quantizer
 from salalocal.quant.recipe import QuantizeOptions
 from salalocal.session import quantizing
-from salalocal.session.quantizing import QuantizedModel, QuantizeRequest, quantize_model
+from salalocal.session.quantizing import Measure, QuantizedModel, QuantizeRequest, quantize_model, usual_method
 from salalocal.session.runtime import LoadOptions, open_runtime
 from salalocal.session.start import Sources
+from salalocal.session.texts import Ids
 from salalocal.settings import Settings
 
 RTN = QuantizeOptions(group_size=8)
@@ -23,10 +30,10 @@ def model(tmp_path: Path, seed: int) -> Path:
     return tiny_model.write_tiny_model(tmp_path / "tiny", seed)
 
 
-def quantize(model: Path, request: QuantizeRequest) -> tuple[QuantizedModel, list[str]]:
+def quantize(model: Path, request: QuantizeRequest, measure: Measure | None = None) -> tuple[QuantizedModel, list[str]]:
     told: list[str] = []
-    made = quantize_model(Settings(model=str(model)), request, lambda progress: None, told.append)
-    return made, told
+    settings = Settings(model=str(model), device="cpu")
+    return quantize_model(settings, request, lambda progress: None, told.append, measure), told
 
 
 def texts(folder: Path, words: int) -> Sources:
@@ -69,14 +76,79 @@ def test_calibration_text_is_read_as_a_prompt_and_no_more_than_asked(model: Path
     assert quantize(model, other)[0].card["identity"]["calibration"]["sha256"] != used["sha256"]
 
 
+def test_without_files_gptq_calibrates_on_the_shipped_text(model: Path, tmp_path: Path) -> None:
+    made, told = quantize(model, QuantizeRequest(GPTQ, tmp_path / "out", calibration_tokens=300))
+    assert made.card["identity"]["calibration"]["sequence_tokens"] == [300]
+    line = next(line for line in told if line.startswith("calibration: "))
+    assert line.startswith("calibration: 300 of the ") and line.endswith(" tokens of the shipped calibration text")
+
+
+def test_every_sequence_begins_with_the_start_token(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[list[Ids]] = []
+
+    def listening(*arguments: Any, **options: Any) -> Quantizer:
+        given.append(arguments[3])
+        return Quantizer(*arguments, **options)
+
+    monkeypatch.setattr(quantizing, "DEFAULT_SEQUENCE_TOKENS", 90)
+    monkeypatch.setattr(quantizing, "Quantizer", listening)
+    quantize(model, QuantizeRequest(GPTQ, tmp_path / "out", texts(tmp_path / "t", 60), calibration_tokens=200))
+    assert [len(sequence) for sequence in given[0]] == [90, 90]
+    assert {sequence[0] for sequence in given[0]} == {tiny_tokenizer.BOS_ID}
+
+
+def test_what_the_copy_has_lost_joins_its_card_and_is_measured_once(model: Path, tmp_path: Path) -> None:
+    measured: list[tuple[ModelFolder, ModelFolder]] = []
+
+    def measure(original: ModelFolder, quantized: ModelFolder) -> dict[str, Any] | None:
+        assert (quantized.path / "config.json").exists()
+        measured.append((original, quantized))
+        return {"kl_mean_nats": 0.25} if len(measured) > 1 else None
+
+    request = QuantizeRequest(RTN, tmp_path / "out")
+    plain, _ = quantize(model, QuantizeRequest(RTN, tmp_path / "plain"))
+    assert "quality" not in quantize(model, request, measure)[0].card  # it could not
+    for _ in range(2):
+        made, _ = quantize(model, request, measure)
+        assert made.card == {**plain.card, "quality": {"kl_mean_nats": 0.25}}
+        assert json.loads((tmp_path / "out" / CARD_FILE).read_text()) == made.card
+    assert measured == [(ModelFolder(model), ModelFolder(tmp_path / "out"))] * 2
+
+
+def test_a_run_stopped_while_it_measures_ends_in_the_same_card(model: Path, tmp_path: Path) -> None:
+    def stop(original: ModelFolder, quantized: ModelFolder) -> None:
+        raise KeyboardInterrupt
+
+    def measure(original: ModelFolder, quantized: ModelFolder) -> dict[str, Any]:
+        return {"kl_mean_nats": 0.25}
+
+    quantize(model, QuantizeRequest(RTN, tmp_path / "undisturbed"), measure)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, QuantizeRequest(RTN, tmp_path / "stopped"), stop)
+    quantize(model, QuantizeRequest(RTN, tmp_path / "stopped"), measure)
+    undisturbed, stopped = (tmp_path / name for name in ("undisturbed", "stopped"))
+    names = sorted(path.name for path in undisturbed.iterdir())
+    assert names == sorted(path.name for path in stopped.iterdir())
+    assert all((undisturbed / name).read_bytes() == (stopped / name).read_bytes() for name in names)
+
+
+def test_the_usual_method_is_gptq_where_it_takes_minutes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    settings = Settings(model=str(model), device="cpu")
+    assert usual_method(settings, told.append) == "gptq"
+    monkeypatch.setattr(quantizing, "_MOST_PARAMETERS_ON_CPU", 10)
+    assert usual_method(settings, told.append) == "rtn"
+    assert told[0] == "method: gptq, which loses least" and "rtn, since" in told[1]
+
+
 def test_requests_that_cannot_be_met(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="needs calibration"):
-        quantize(model, QuantizeRequest(GPTQ, tmp_path / "out"))
     with pytest.raises(RequestError, match="folder of the model itself"):
         quantize(model, QuantizeRequest(RTN, model))
     with pytest.raises(PackError):
         quantize(model, QuantizeRequest(GPTQ, tmp_path / "out", Sources((str(tmp_path / "missing"),), "path")))
-    with pytest.raises(RequestError, match="tokens of calibration text"):
+    with pytest.raises(RequestError, match="at least 32"):
         quantize(model, QuantizeRequest(GPTQ, tmp_path / "out", texts(tmp_path / "t", 1), calibration_tokens=9))
     with pytest.raises(HubError):
         quantize(Path("nobody/nothing"), QuantizeRequest(RTN, tmp_path / "out"))

@@ -55,6 +55,36 @@ def test_where_an_earlier_run_stopped_is_told_once() -> None:
     assert err.getvalue() == "going on: 3 of 6 steps were done before\nquantized in 12 s\n"
 
 
+def test_memory_of_a_card_is_shown_beside_that_of_the_host() -> None:
+    err = io.StringIO()
+    view = QuantizeView(make_terminal(err=err, out=io.StringIO()))
+    view.show(progress(6, device_peak_bytes=9 * GIB))
+    assert err.getvalue() == "quantized in 12 s, peak memory 3.0 GiB, on the card 9.0 GiB\n"
+
+
+def test_keys_are_not_echoed_under_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An echoed ^C would begin a new line, and the bar could not be taken away."""
+    calls: list[str] = []
+
+    class Echo:
+        def __init__(self) -> None:
+            calls.append("off")
+
+        def restore(self) -> None:
+            calls.append("on")
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("salalocal.terminal.quantize_view.EchoSwitch", Echo)
+    view = QuantizeView(make_terminal(err=Tty(), out=io.StringIO()))
+    assert calls == []
+    view.show(progress(2))
+    view.show(progress(2))
+    assert calls == ["off"]
+    view.close()
+    view.close()
+    assert calls == ["off", "on"]
+
+
 def test_quiet_shows_nothing() -> None:
     err = io.StringIO()
     view = QuantizeView(make_terminal(is_quiet=True, err=err, out=io.StringIO()))
@@ -105,6 +135,25 @@ def test_the_card_has_a_line_for_each_kind_of_matrix() -> None:
         "salalocal chat --model '/models/my copy'",
     ]
     assert "up_proj                0.1500  0.2000        0.0400  0.0500" in card_lines(model(has_outputs=True))
+
+
+def test_what_was_lost_on_text_stands_below_the_errors() -> None:
+    made = model(has_outputs=False)
+    quality = {"perplexity_original": 10.0, "perplexity_quantized": 10.5, "kl_mean_nats": 0.1, "kl_p99_nats": 0.9}
+    made.card["quality"] = quality | {"top1_agreement": 0.9, "num_tokens": 4095}
+    assert list(card_lines(made))[-5:] == [
+        "perplexity      10.000 -> 10.500 (+5.00 %)",
+        "KL divergence   0.1000 nats a token, 99th percentile 0.900",
+        "top-1 agreement 90.0 % of 4,095 tokens",
+        "",
+        "salalocal chat --model '/models/my copy'",
+    ]
+
+
+def test_one_scale_a_row_is_said_in_words() -> None:
+    made = model(has_outputs=False)
+    made.card["identity"]["options"]["group_size"] = -1
+    assert next(card_lines(made)) == "gptq, 4 bits, one scale a row"
 
 
 def test_the_card_as_plain_data_names_the_folder() -> None:

@@ -27,7 +27,7 @@ class DecodeLaunch:
 
 
 # By compute capability; the one at or below the card's is taken.
-LAUNCH = {80: DecodeLaunch(parts=48, num_warps=4, num_stages=2)}
+LAUNCH = {80: DecodeLaunch(parts=96, num_warps=4, num_stages=1)}
 
 
 def decode_launch(capability: int) -> DecodeLaunch:

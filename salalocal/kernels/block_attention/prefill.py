@@ -34,7 +34,7 @@ class PrefillLaunch:
 LAUNCH = {
     80: PrefillLaunch(rows=4, num_warps=4, num_stages=2),
     86: PrefillLaunch(rows=4, num_warps=4, num_stages=2),
-    90: PrefillLaunch(rows=4, num_warps=4, num_stages=2),
+    90: PrefillLaunch(rows=4, num_warps=4, num_stages=3),
     120: PrefillLaunch(rows=4, num_warps=4, num_stages=2),
 }
 

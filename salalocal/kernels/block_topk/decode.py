@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salalocal.kernels.backend import compute_capability, num_multiprocessors, tl, triton
+from salalocal.kernels.backend import HAS_INLINE_ASM, compute_capability, num_multiprocessors, tl, triton
 from salalocal.kernels.block_topk.geometry import BlockGeometry
 from salalocal.kernels.block_topk.prefill import LOG2_E, check_supported
 from salalocal.kernels.block_topk.reference import heads_per_group
-from salalocal.kernels.block_topk.scoring import is_among_largest, log_sum_over_heads, pool_to_blocks
+from salalocal.kernels.block_topk.scoring import LOWEST, is_among_largest, log_sum_over_heads
 
 MAX_ROWS = 16  # a step of speculative decoding; more rows are prefill's
+_TILE_ROWS = 4  # rows that one program works on; more would not fit the registers with 16 heads each
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ def decode_launch(capability: int) -> DecodeLaunch:
 
 @triton.jit
 def _load_queries(
-    q_ptr, stride_qt, stride_qh, group, num_rows, TILE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr
+    q_ptr, stride_qt, stride_qh, group, first_row, num_rows, TILE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr
 ):
-    """All heads of a KV head of all rows, [TILE, DIM]; rows behind the last are zeros."""
-    row, head = tl.arange(0, TILE) // HEADS, group * HEADS + tl.arange(0, TILE) % HEADS
+    """All heads of a KV head of some rows, [TILE, DIM]; rows behind the last are zeros."""
+    row, head = first_row + tl.arange(0, TILE) // HEADS, group * HEADS + tl.arange(0, TILE) % HEADS
     at = (row * stride_qt + head * stride_qh)[:, None] + tl.arange(0, DIM)[None, :]
     return tl.load(q_ptr + at, mask=row[:, None] < num_rows, other=0.0)
 
@@ -57,11 +58,14 @@ def _normalise_kernel(
     TILE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, COARSE_SIZE: tl.constexpr,
     COARSE_STRIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: peak and sum, in binary logarithms, of a slice of k2 for a KV head. Parts [Hkv, slices, 2, TILE]."""
-    group, part = tl.program_id(1), tl.program_id(0)
+    """One program: peak and sum, in binary logarithms, of a slice of k2 for some rows and a KV head.
+
+    Parts [row tiles, Hkv, slices, 2, TILE].
+    """
+    part, group, first_row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * (TILE // HEADS)
     first = tl.load(position_ptr).to(tl.int32)
-    q = _load_queries(q_ptr, stride_qt, stride_qh, group, num_rows, TILE, HEADS, DIM)
-    seen = (first + tl.arange(0, TILE) // HEADS + 1 - COARSE_SIZE) // COARSE_STRIDE + 1
+    q = _load_queries(q_ptr, stride_qt, stride_qh, group, first_row, num_rows, TILE, HEADS, DIM)
+    seen = (first + first_row + tl.arange(0, TILE) // HEADS + 1 - COARSE_SIZE) // COARSE_STRIDE + 1
     num_keys = (first + num_rows - COARSE_SIZE) // COARSE_STRIDE + 1
     per_part = tl.cdiv(tl.cdiv(num_keys, KEYS), tl.num_programs(0)) * KEYS
     k2_ptr += group * stride_kh
@@ -76,30 +80,33 @@ def _normalise_kernel(
         new_peak = tl.maximum(peak, tl.max(w, 1))
         total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(w - new_peak[:, None]), 1)
         peak = new_peak
-    at = parts_ptr + (group * tl.num_programs(0) + part) * (2 * TILE) + tl.arange(0, TILE)
+    tile = tl.program_id(2) * tl.num_programs(1) + group
+    at = parts_ptr + (tile * tl.num_programs(0) + part) * (2 * TILE) + tl.arange(0, TILE)
     tl.store(at, peak)
     tl.store(at + TILE, total)
 
 
 @triton.jit
 def _score_kernel(
-    q_ptr, k1_ptr, position_ptr, parts_ptr, scores_ptr, num_rows, num_parts, capacity, log2_scale,
+    q_ptr, k1_ptr, position_ptr, parts_ptr, starts_ptr, ends_ptr, num_rows, num_parts, capacity, log2_scale,
     stride_qt, stride_qh, stride_kn, stride_kh,
     ROWS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
     PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr, LOCAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    HAS_ASM: tl.constexpr,
 ):  # fmt: skip
-    """One program: the scores of one slice of blocks for a KV head. Scores [ROWS, Hkv, capacity]."""
+    """One program: a slice of k1 for some rows and a KV head. starts and ends [rows, Hkv, capacity]: of every block the
+    best window that starts in it, and the last such, which reaches into the next block."""
     TILE: tl.constexpr = ROWS * HEADS
     BLOCKS: tl.constexpr = KEYS // PER_BLOCK
-    BEFORE: tl.constexpr = 16  # what tl.dot takes at least
-    group, part = tl.program_id(1), tl.program_id(0)
+    part, group, first_row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * ROWS
     first = tl.load(position_ptr).to(tl.int32)
-    q = tl.trans(_load_queries(q_ptr, stride_qt, stride_qh, group, num_rows, TILE, HEADS, DIM))
+    q = tl.trans(_load_queries(q_ptr, stride_qt, stride_qh, group, first_row, num_rows, TILE, HEADS, DIM))
     k1_ptr += group * stride_kh
     dims = tl.arange(0, DIM)
 
     slices = tl.arange(0, PARTS)
-    parts_at = parts_ptr + (group * num_parts + slices[:, None]) * (2 * TILE) + tl.arange(0, TILE)[None, :]
+    tile = tl.program_id(2) * tl.num_programs(1) + group
+    parts_at = parts_ptr + (tile * num_parts + slices[:, None]) * (2 * TILE) + tl.arange(0, TILE)[None, :]
     peaks = tl.load(parts_at, mask=slices[:, None] < num_parts, other=-1.0e30)
     totals = tl.load(parts_at + TILE, mask=slices[:, None] < num_parts, other=0.0)
     peak = tl.max(peaks, 0)
@@ -109,29 +116,22 @@ def _score_kernel(
     num_keys = end_block * PER_BLOCK
     per_part = tl.cdiv(tl.cdiv(num_keys, KEYS), tl.num_programs(0)) * KEYS
     begin = part * per_part
-    lanes = tl.arange(0, BLOCKS)
-    # The window in front of the slice reaches into its first block.
-    front = begin - BEFORE + tl.arange(0, BEFORE)
-    is_front = (front >= 0) & (front < num_keys)
-    front_k1 = tl.load(k1_ptr + front[:, None] * stride_kn + dims[None, :], mask=is_front[:, None], other=0.0)
-    front_z = tl.dot(front_k1, q, input_precision=PRECISION) * log2_scale - normaliser[None, :]
-    front_score = log_sum_over_heads(front_z, BEFORE, ROWS, HEADS)
-    is_last = is_front & (tl.arange(0, BEFORE) == BEFORE - 1)
-    before = tl.max(tl.where(is_last[:, None], front_score, float("-inf")), 0)
+    lists = ((first_row + tl.arange(0, ROWS)[None, :]) * tl.num_programs(1) + group) * capacity
     for start in tl.range(begin, tl.minimum(begin + per_part, num_keys), KEYS, num_stages=STAGES):
         keys = start + tl.arange(0, KEYS)
         k1 = tl.load(k1_ptr + keys[:, None] * stride_kn + dims[None, :], mask=keys[:, None] < num_keys, other=0.0)
         z = tl.dot(k1, q, input_precision=PRECISION) * log2_scale - normaliser[None, :]
-        score = log_sum_over_heads(z, KEYS, ROWS, HEADS)
-        pooled, before = pool_to_blocks(score, before, BLOCKS, PER_BLOCK, ROWS)
-        block = start // PER_BLOCK + lanes
-        at = (tl.arange(0, ROWS)[None, :] * tl.num_programs(1) + group) * capacity + block[:, None]
-        tl.store(scores_ptr + at, pooled, mask=(block < end_block)[:, None])
+        score = log_sum_over_heads(z, KEYS, ROWS, HEADS, HAS_ASM)
+        block = start // PER_BLOCK + tl.arange(0, BLOCKS)
+        starts = tl.max(tl.reshape(score, [BLOCKS, PER_BLOCK, ROWS]), 1)
+        tl.store(starts_ptr + lists + block[:, None], starts, mask=(block < end_block)[:, None])
+        is_end = (keys % PER_BLOCK == PER_BLOCK - 1) & (keys < num_keys)
+        tl.store(ends_ptr + lists + (keys // PER_BLOCK)[:, None], score, mask=is_end[:, None])
 
 
 @triton.jit
 def _choose_kernel(
-    scores_ptr, position_ptr, picks_ptr, num_groups, capacity, stride_pt, stride_pg,
+    starts_ptr, ends_ptr, position_ptr, picks_ptr, num_groups, capacity, stride_pt, stride_pg,
     BLOCKS: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, FREE: tl.constexpr,
     BUDGET: tl.constexpr, BUDGET_TILE: tl.constexpr,
 ):  # fmt: skip
@@ -145,10 +145,12 @@ def _choose_kernel(
     else:
         block = tl.arange(0, BLOCKS)[None, :]
         can_be = (block >= INIT) & (block < own - LOCAL)
-        score = tl.load(scores_ptr + (row * num_groups + group) * capacity + block, mask=can_be, other=0.0)
-        is_picked = is_among_largest(score, can_be, FREE, 1)
-        at = INIT + tl.cumsum(is_picked.to(tl.int32), 1) - 1
-        tl.store(picks_ptr + at, block.to(tl.int64), mask=is_picked)
+        at = (row * num_groups + group) * capacity + block
+        start = tl.load(starts_ptr + at, mask=can_be, other=0.0)
+        end = tl.load(ends_ptr + at - 1, mask=can_be & (block > 0), other=LOWEST)
+        is_picked = is_among_largest(tl.maximum(start, end), can_be, FREE, 1)
+        to = INIT + tl.cumsum(is_picked.to(tl.int32), 1) - 1
+        tl.store(picks_ptr + to, block.to(tl.int64), mask=is_picked)
         forced = tl.where(columns < INIT, columns, own - LOCAL + columns - INIT - FREE)
         is_forced = ((columns < INIT) | (columns >= INIT + FREE)) & (columns < BUDGET)
         tl.store(picks_ptr + columns, forced.to(tl.int64), mask=is_forced)
@@ -171,25 +173,28 @@ def block_topk_decode(
     constants = decode_constants(launch, geometry, heads, q)
     num_rows, num_groups = q.shape[1], k1.shape[2]
     tile = constants["ROWS"] * heads
+    row_tiles = -(-num_rows // constants["ROWS"])
     num_parts = max(1, num_multiprocessors(q.device) * launch.programs_per_core // num_groups)
     capacity = k1.shape[1] // geometry.pooled_per_block + 1
-    parts = torch.empty(num_groups, num_parts, 2, tile, dtype=torch.float32, device=q.device)
-    scores = torch.empty(constants["ROWS"], num_groups, capacity, dtype=torch.float32, device=q.device)
+    parts = torch.empty(row_tiles, num_groups, num_parts, 2, tile, dtype=torch.float32, device=q.device)
+    starts, ends = torch.empty(
+        2, row_tiles * constants["ROWS"], num_groups, capacity, dtype=torch.float32, device=q.device
+    )
     picks = torch.empty(1, num_rows, num_groups, geometry.budget, dtype=torch.int64, device=q.device)
     settings = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     q_strides = (q.stride(1), q.stride(2))
-    _normalise_kernel[(num_parts, num_groups)](
+    _normalise_kernel[(num_parts, num_groups, row_tiles)](
         q, k2, position, parts, num_rows, scale * LOG2_E, *q_strides, k2.stride(1), k2.stride(2),
         TILE=tile, **_only(constants, "HEADS DIM KEYS COARSE_SIZE COARSE_STRIDE PRECISION STAGES"), **settings,
     )  # fmt: skip
-    _score_kernel[(num_parts, num_groups)](
-        q, k1, position, parts, scores, num_rows, num_parts, capacity, scale * LOG2_E,
+    _score_kernel[(num_parts, num_groups, row_tiles)](
+        q, k1, position, parts, starts, ends, num_rows, num_parts, capacity, scale * LOG2_E,
         *q_strides, k1.stride(1), k1.stride(2), PARTS=triton.next_power_of_2(num_parts),
-        **_only(constants, "ROWS HEADS DIM KEYS PER_BLOCK BLOCK LOCAL PRECISION STAGES"), **settings,
+        **_only(constants, "ROWS HEADS DIM KEYS PER_BLOCK BLOCK LOCAL PRECISION STAGES HAS_ASM"), **settings,
     )  # fmt: skip
     blocks = triton.next_power_of_2(capacity)
     _choose_kernel[(num_rows, num_groups)](
-        scores, position, picks, num_groups, capacity, picks.stride(1), picks.stride(2), BLOCKS=blocks,
+        starts, ends, position, picks, num_groups, capacity, picks.stride(1), picks.stride(2), BLOCKS=blocks,
         **_only(constants, "BLOCK INIT LOCAL FREE BUDGET BUDGET_TILE"), num_warps=choose_warps(blocks),
     )  # fmt: skip
     return picks
@@ -203,7 +208,7 @@ def choose_warps(blocks: int) -> int:
 def decode_constants(launch: DecodeLaunch, geometry: BlockGeometry, heads: int, q: Tensor) -> dict[str, Any]:
     """The compile-time arguments of the three kernels."""
     return {
-        "ROWS": max(triton.next_power_of_2(q.shape[1]), 16 // heads),
+        "ROWS": max(min(triton.next_power_of_2(q.shape[1]), _TILE_ROWS), 16 // heads),
         "HEADS": heads,
         "DIM": q.shape[3],
         "KEYS": max(launch.tile_keys, geometry.pooled_per_block),
@@ -218,6 +223,7 @@ def decode_constants(launch: DecodeLaunch, geometry: BlockGeometry, heads: int, 
         "BUDGET_TILE": triton.next_power_of_2(geometry.budget),
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "STAGES": launch.num_stages,
+        "HAS_ASM": HAS_INLINE_ASM,
     }
 
 

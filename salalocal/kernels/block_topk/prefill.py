@@ -1,9 +1,9 @@
-"""The block choice for many rows on a GPU: scores and choice in one kernel, no score leaves it; see the package.
+"""The block choice for many rows on a GPU: scores and choice in one kernel, no score matrix is kept; see the package.
 
 A program takes a few neighbouring rows with all heads of a KV head. It walks k2 for the normaliser of every head, then
-k1: products, log of the sum over the heads, maximum per block. Blocks that can still be among a row's largest are
-appended to a short list, which is cut back to the largest ones when it fills: a row of n blocks lets about
-free_blocks * log(n / capacity) more of them in. So memory does not grow with the number of keys.
+k1: products, log of the sum over the heads, maximum per block. Segment by segment, the blocks that can still be among a
+row's largest are appended to a short list, which is cut back to the largest ones when it fills. Programs stay and take
+rows until none are left, so memory depends on the card alone: neither on the number of rows nor on that of keys.
 Scores are compared as logarithms in fp32: no score overflows and no ranking is lost to underflow.
 """
 
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from salalocal.errors import BackendError
-from salalocal.kernels.backend import compute_capability, tl, triton
+from salalocal.kernels.backend import HAS_INLINE_ASM, compute_capability, num_multiprocessors, tl, triton
 from salalocal.kernels.block_topk.geometry import BlockGeometry
 from salalocal.kernels.block_topk.reference import heads_per_group
-from salalocal.kernels.block_topk.scoring import is_among_largest, log_sum_over_heads, pool_to_blocks
+from salalocal.kernels.block_topk.scoring import LOWEST, is_among_largest, log_sum_over_heads
 
 LOG2_E = 1.4426950408889634
 _FINEST_DIM = 16  # what tl.dot takes at least
@@ -25,23 +25,24 @@ _FINEST_DIM = 16  # what tl.dot takes at least
 
 @dataclass(frozen=True)
 class PrefillLaunch:
-    """Tile sizes. `tile_rows`: query rows times heads; `tile_keys`: k1 or k2 at a time; `segment_tiles`: tiles between
-    two looks at the length of the lists."""
+    """Tile sizes. `tile_rows`: query rows times heads; `tile_keys`: k1 or k2 at a time; `segment_tiles`: tiles whose
+    blocks enter the lists together; `programs_per_core`: that stay on a multiprocessor."""
 
     tile_rows: int
     tile_keys: int
     segment_tiles: int
     num_warps: int
     num_stages: int
+    programs_per_core: int = 2
     max_registers: int | None = None  # per thread; what the rare cutting of the lists spills for it costs little
 
 
 # By compute capability; the one at or below the card's is taken.
 LAUNCH = {
-    80: PrefillLaunch(tile_rows=128, tile_keys=64, segment_tiles=24, num_warps=8, num_stages=3),
-    86: PrefillLaunch(tile_rows=128, tile_keys=64, segment_tiles=24, num_warps=8, num_stages=2),
-    90: PrefillLaunch(tile_rows=128, tile_keys=128, segment_tiles=12, num_warps=8, num_stages=3),
-    120: PrefillLaunch(tile_rows=128, tile_keys=64, segment_tiles=24, num_warps=8, num_stages=2),
+    80: PrefillLaunch(tile_rows=128, tile_keys=64, segment_tiles=16, num_warps=8, num_stages=3),
+    86: PrefillLaunch(tile_rows=128, tile_keys=64, segment_tiles=16, num_warps=8, num_stages=2),
+    90: PrefillLaunch(tile_rows=128, tile_keys=128, segment_tiles=8, num_warps=8, num_stages=2, max_registers=128),
+    120: PrefillLaunch(tile_rows=128, tile_keys=64, segment_tiles=16, num_warps=8, num_stages=2),
 }
 
 
@@ -58,23 +59,50 @@ def _cut_lists(scores_ptr, blocks_ptr, counts, ROWS: tl.constexpr, CAPACITY: tl.
     is_there = columns < counts[:, None]
     tl.debug_barrier()  # what other threads appended must be seen
     scores = tl.load(scores_ptr + at, mask=is_there, other=0.0)
-    is_kept = is_among_largest(scores, is_there, FREE, ROWS)
-    kept = is_kept.to(tl.int32)
+    kept = is_among_largest(scores, is_there, FREE, ROWS).to(tl.int32)
     to = tl.arange(0, ROWS)[:, None] * CAPACITY + tl.cumsum(kept, 1) - 1
-    blocks = tl.load(blocks_ptr + at, mask=is_kept, other=0)
+    blocks = tl.load(blocks_ptr + at, mask=kept > 0, other=0)
     tl.debug_barrier()
-    tl.store(scores_ptr + to, scores, mask=is_kept)
-    tl.store(blocks_ptr + to, blocks, mask=is_kept)
+    tl.store(scores_ptr + to, scores, mask=kept > 0)
+    tl.store(blocks_ptr + to, blocks, mask=kept > 0)
     tl.debug_barrier()
     counts = tl.sum(kept, 1)
-    least = tl.min(tl.where(is_kept, scores, float("inf")), 1)
+    least = tl.min(tl.where(kept > 0, scores, float("inf")), 1)
     return tl.where(counts < FREE, float("-inf"), least), counts
+
+
+@triton.jit
+def _append_segment(
+    starts_ptr, ends_ptr, scores_ptr, blocks_ptr, first_block, first_free, end_free, least, counts,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, CAPACITY: tl.constexpr,
+):  # fmt: skip
+    """Append a segment's blocks that beat `least` to the lists; the counts.
+
+    starts [ROWS, BLOCKS]: the best window that starts in a block; ends [ROWS, BLOCKS + 1]: the last such window of the
+    block in front, which reaches into the block.
+    """
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCKS)[None, :]
+    block = first_block + column
+    can_enter = (block >= first_free) & (block < end_free[:, None])
+    tl.debug_barrier()  # what other threads scored must be seen
+    start = tl.load(starts_ptr + row * BLOCKS + column, mask=can_enter, other=0.0)
+    end = tl.load(ends_ptr + row * (BLOCKS + 1) + column, mask=can_enter, other=0.0)
+    last = tl.load(ends_ptr + tl.arange(0, ROWS) * (BLOCKS + 1) + BLOCKS)
+    pooled = tl.maximum(start, end)
+    can_enter &= pooled > least[:, None]
+    entering = can_enter.to(tl.int32)
+    at = row * CAPACITY + counts[:, None] + tl.cumsum(entering, 1) - 1
+    tl.store(scores_ptr + at, pooled, mask=can_enter)
+    tl.store(blocks_ptr + at, tl.broadcast_to(block, [ROWS, BLOCKS]), mask=can_enter)
+    tl.debug_barrier()  # all have read before the next segment is scored
+    tl.store(ends_ptr + tl.arange(0, ROWS) * (BLOCKS + 1), last)
+    return counts + tl.sum(entering, 1)
 
 
 @triton.jit
 def _log_normaliser(
     q, k2_ptr, stride_k2, seen, log2_scale, num_full, num_keys,
-    TILE: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Binary log of the sum of exp over the `seen` [TILE] coarse keys of each row and head; num_full are whole tiles
     that all of them see."""
@@ -82,13 +110,13 @@ def _log_normaliser(
     total = tl.zeros([TILE], tl.float32)
     keys = tl.arange(0, KEYS)
     dims = tl.arange(0, DIM)
-    for start in tl.range(0, num_full, KEYS):
+    for start in tl.range(0, num_full, KEYS, num_stages=STAGES):
         k2 = tl.load(k2_ptr + (start + keys)[:, None] * stride_k2 + dims[None, :])
         w = tl.dot(q, tl.trans(k2), input_precision=PRECISION) * log2_scale
         new_peak = tl.maximum(peak, tl.max(w, 1))
         total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(w - new_peak[:, None]), 1)
         peak = new_peak
-    for start in tl.range(num_full, num_keys, KEYS):
+    for start in tl.range(num_full, num_keys, KEYS, num_stages=1):
         columns = start + keys
         k2 = tl.load(k2_ptr + columns[:, None] * stride_k2 + dims[None, :], mask=columns[:, None] < num_keys, other=0.0)
         w = tl.dot(q, tl.trans(k2), input_precision=PRECISION) * log2_scale
@@ -101,73 +129,84 @@ def _log_normaliser(
 
 @triton.jit
 def _block_topk_prefill_kernel(
-    q_ptr, k1_ptr, k2_ptr, picks_ptr, scores_ptr, blocks_ptr, first_position, num_rows, num_groups, log2_scale,
-    stride_qb, stride_qt, stride_qh, stride_k1b, stride_k1n, stride_k1h, stride_k2b, stride_k2n, stride_k2h,
-    stride_pb, stride_pt, stride_pg,
+    q_ptr, k1_ptr, k2_ptr, picks_ptr, floats_ptr, blocks_ptr, first_position, num_rows, num_groups, num_tiles,
+    log2_scale, stride_qb, stride_qt, stride_qh, stride_k1b, stride_k1n, stride_k1h, stride_k2b, stride_k2n,
+    stride_k2h, stride_pb, stride_pt, stride_pg,
     ROWS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, SEGMENT: tl.constexpr,
     CAPACITY: tl.constexpr, COARSE_SIZE: tl.constexpr, COARSE_STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, FREE: tl.constexpr, BUDGET: tl.constexpr,
-    BUDGET_TILE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BUDGET_TILE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, HAS_ASM: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS query rows of one KV head. CAPACITY holds a segment's blocks beside the FREE ones kept."""
+    """A program takes every so many'th tile of ROWS query rows of one KV head.
+
+    Of its own it has blocks [ROWS, CAPACITY] and floats: lists [ROWS, CAPACITY], starts [ROWS, B], ends [ROWS, B + 1].
+    """
     TILE: tl.constexpr = ROWS * HEADS
     BLOCKS: tl.constexpr = KEYS // PER_BLOCK
-    batch, group = tl.program_id(1) // num_groups, tl.program_id(1) % num_groups
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    SEGMENT_BLOCKS: tl.constexpr = SEGMENT * BLOCKS
+    program = tl.program_id(0)
+    scores_ptr = floats_ptr + program * (ROWS * (CAPACITY + 2 * SEGMENT_BLOCKS + 1))
+    starts_ptr = scores_ptr + ROWS * CAPACITY
+    ends_ptr = starts_ptr + ROWS * SEGMENT_BLOCKS
+    blocks_ptr += program * (ROWS * CAPACITY)
+    tiles_per_group = tl.cdiv(num_rows, ROWS)
     dims = tl.arange(0, DIM)
-    own = (first_position + rows) // BLOCK
-    tile_rows = tl.program_id(0) * ROWS + tl.arange(0, TILE) // HEADS
-    heads = group * HEADS + tl.arange(0, TILE) % HEADS
-    q_at = batch * stride_qb + tile_rows * stride_qt + heads * stride_qh
-    q = tl.load(q_ptr + q_at[:, None] + dims[None, :], mask=tile_rows[:, None] < num_rows, other=0.0)
+    lanes = tl.arange(0, ROWS)
+    for tile in tl.range(program, num_tiles, tl.num_programs(0), num_stages=1):
+        batch, group = tile // tiles_per_group // num_groups, tile // tiles_per_group % num_groups
+        first_row = tile % tiles_per_group * ROWS
+        tile_rows = first_row + tl.arange(0, TILE) // HEADS
+        heads = group * HEADS + tl.arange(0, TILE) % HEADS
+        q_at = batch * stride_qb + tile_rows * stride_qt + heads * stride_qh
+        q = tl.load(q_ptr + q_at[:, None] + dims[None, :], mask=tile_rows[:, None] < num_rows, other=0.0)
+        first = first_position + first_row
+        last = tl.minimum(first_position + num_rows, first + ROWS) - 1
+        seen = (first_position + tile_rows + 1 - COARSE_SIZE) // COARSE_STRIDE + 1
+        num_full = ((first + 1 - COARSE_SIZE) // COARSE_STRIDE + 1) // KEYS * KEYS
+        num_coarse = (last + 1 - COARSE_SIZE) // COARSE_STRIDE + 1
+        normaliser = _log_normaliser(
+            q, k2_ptr + batch * stride_k2b + group * stride_k2h, stride_k2n, seen, log2_scale, num_full, num_coarse,
+            TILE, KEYS, DIM, PRECISION, STAGES,
+        )  # fmt: skip
 
-    first = first_position + tl.program_id(0) * ROWS
-    last = tl.minimum(first_position + num_rows, first + ROWS) - 1
-    seen = (first_position + tile_rows + 1 - COARSE_SIZE) // COARSE_STRIDE + 1
-    num_full = ((first + 1 - COARSE_SIZE) // COARSE_STRIDE + 1) // KEYS * KEYS
-    num_coarse = (last + 1 - COARSE_SIZE) // COARSE_STRIDE + 1
-    normaliser = _log_normaliser(
-        q, k2_ptr + batch * stride_k2b + group * stride_k2h, stride_k2n, seen, log2_scale, num_full, num_coarse,
-        TILE, KEYS, DIM, PRECISION,
-    )  # fmt: skip
+        own = (first_position + first_row + lanes) // BLOCK
+        num_keys = (last // BLOCK - LOCAL) * PER_BLOCK
+        keys_ptr = k1_ptr + batch * stride_k1b + group * stride_k1h
+        counts = tl.zeros([ROWS], tl.int32)
+        least = tl.full([ROWS], float("-inf"), tl.float32)
+        tl.store(ends_ptr + lanes * (SEGMENT_BLOCKS + 1), tl.full([ROWS], LOWEST, tl.float32))
+        turned = tl.trans(q)
+        for segment in tl.range(0, num_keys, SEGMENT * KEYS, num_stages=1):
+            end = tl.minimum(segment + SEGMENT * KEYS, num_keys)
+            for start in tl.range(segment, end, KEYS, num_stages=STAGES):
+                keys = start + tl.arange(0, KEYS)
+                keys_at = keys[:, None] * stride_k1n + dims[None, :]
+                k1 = tl.load(keys_ptr + keys_at, mask=keys[:, None] < num_keys, other=0.0)
+                z = tl.dot(k1, turned, input_precision=PRECISION) * log2_scale - normaliser[None, :]
+                score = log_sum_over_heads(z, KEYS, ROWS, HEADS, HAS_ASM)  # [KEYS, ROWS]
+                block = (start - segment) // PER_BLOCK + tl.arange(0, BLOCKS)
+                starts = tl.max(tl.reshape(score, [BLOCKS, PER_BLOCK, ROWS]), 1)
+                tl.store(starts_ptr + lanes[None, :] * SEGMENT_BLOCKS + block[:, None], starts)
+                key = keys - segment
+                ends_at = lanes[None, :] * (SEGMENT_BLOCKS + 1) + (key // PER_BLOCK)[:, None] + 1
+                tl.store(ends_ptr + ends_at, score, mask=(key % PER_BLOCK == PER_BLOCK - 1)[:, None])
+            counts = _append_segment(
+                starts_ptr, ends_ptr, scores_ptr, blocks_ptr, segment // PER_BLOCK, INIT, own - LOCAL, least, counts,
+                ROWS, SEGMENT_BLOCKS, CAPACITY,
+            )  # fmt: skip
+            if tl.max(counts) > CAPACITY - SEGMENT_BLOCKS:
+                least, counts = _cut_lists(scores_ptr, blocks_ptr, counts, ROWS, CAPACITY, FREE)
+        least, counts = _cut_lists(scores_ptr, blocks_ptr, counts, ROWS, CAPACITY, FREE)
 
-    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    scores_ptr += program.to(tl.int64) * (ROWS * CAPACITY)
-    blocks_ptr += program.to(tl.int64) * (ROWS * CAPACITY)
-    k1_ptr += batch * stride_k1b + group * stride_k1h
-    list_at = tl.arange(0, ROWS) * CAPACITY
-    end_block = last // BLOCK - LOCAL
-    num_keys = end_block * PER_BLOCK
-    counts = tl.zeros([ROWS], tl.int32)
-    least = tl.full([ROWS], float("-inf"), tl.float32)
-    before = tl.full([ROWS], float("-inf"), tl.float32)  # the score of the key in front of the tile
-    q = tl.trans(q)
-    lanes = tl.arange(0, BLOCKS)
-    for segment in tl.range(0, num_keys, SEGMENT * KEYS):
-        for start in tl.range(segment, tl.minimum(segment + SEGMENT * KEYS, num_keys), KEYS, num_stages=STAGES):
-            keys = start + tl.arange(0, KEYS)
-            k1 = tl.load(k1_ptr + keys[:, None] * stride_k1n + dims[None, :], mask=keys[:, None] < num_keys, other=0.0)
-            z = tl.dot(k1, q, input_precision=PRECISION) * log2_scale - normaliser[None, :]  # [KEYS, TILE]
-            score = log_sum_over_heads(z, KEYS, ROWS, HEADS)
-            pooled, before = pool_to_blocks(score, before, BLOCKS, PER_BLOCK, ROWS)
-            block = start // PER_BLOCK + lanes
-            can_enter = (block >= INIT)[:, None] & (block[:, None] < (own - LOCAL)[None, :]) & (pooled > least[None, :])
-            entering = can_enter.to(tl.int32)
-            at = list_at[None, :] + counts[None, :] + tl.cumsum(entering, 0) - 1
-            tl.store(scores_ptr + at, pooled, mask=can_enter)
-            tl.store(blocks_ptr + at, tl.broadcast_to(block[:, None], [BLOCKS, ROWS]), mask=can_enter)
-            counts += tl.sum(entering, 0)
-        if tl.max(counts) > CAPACITY - SEGMENT * BLOCKS:
-            least, counts = _cut_lists(scores_ptr, blocks_ptr, counts, ROWS, CAPACITY, FREE)
-    least, counts = _cut_lists(scores_ptr, blocks_ptr, counts, ROWS, CAPACITY, FREE)
-
-    columns = tl.arange(0, BUDGET_TILE)[None, :]
-    is_free = (columns >= INIT) & (columns < INIT + FREE)
-    free = tl.load(blocks_ptr + list_at[:, None] + columns - INIT, mask=is_free, other=0)
-    local = own[:, None] - LOCAL + columns - INIT - FREE
-    picks = tl.where(columns < INIT, columns, tl.where(is_free, free, local))
-    picks_at = batch * stride_pb + rows[:, None] * stride_pt + group * stride_pg + columns
-    tl.store(picks_ptr + picks_at, picks.to(tl.int64), mask=(rows[:, None] < num_rows) & (columns < BUDGET))
+        columns = tl.arange(0, BUDGET_TILE)[None, :]
+        is_free = (columns >= INIT) & (columns < INIT + FREE)
+        free = tl.load(blocks_ptr + lanes[:, None] * CAPACITY + columns - INIT, mask=is_free, other=0)
+        local = own[:, None] - LOCAL + columns - INIT - FREE
+        picks = tl.where(columns < INIT, columns, tl.where(is_free, free, local))
+        rows = first_row + lanes[:, None]
+        picks_at = batch * stride_pb + rows * stride_pt + group * stride_pg + columns
+        tl.store(picks_ptr + picks_at, picks.to(tl.int64), mask=(rows < num_rows) & (columns < BUDGET))
+        tl.debug_barrier()  # all have read their lists before the next tile's are begun
 
 
 def block_topk_triton(
@@ -201,12 +240,14 @@ def _launch(
     launch = prefill_launch(compute_capability(q.device))
     constants = prefill_constants(launch, geometry, heads, dim, q.dtype)
     rows = constants["ROWS"]
-    grid = (-(-num_rows // rows), batch * num_groups)
-    lists = (grid[0] * grid[1], rows, constants["CAPACITY"])
-    scores = torch.empty(lists, dtype=torch.float32, device=q.device)
-    blocks = torch.empty(lists, dtype=torch.int32, device=q.device)
-    _block_topk_prefill_kernel[grid](
-        q, k1, k2, picks, scores, blocks, first_position, num_rows, num_groups, scale * LOG2_E,
+    num_tiles = -(-num_rows // rows) * batch * num_groups
+    programs = min(num_tiles, num_multiprocessors(q.device) * launch.programs_per_core)
+    capacity = constants["CAPACITY"]
+    segment_blocks = constants["SEGMENT"] * constants["KEYS"] // constants["PER_BLOCK"]
+    floats = torch.empty(programs, rows * (capacity + 2 * segment_blocks + 1), dtype=torch.float32, device=q.device)
+    blocks = torch.empty(programs, rows * capacity, dtype=torch.int32, device=q.device)
+    _block_topk_prefill_kernel[(programs,)](
+        q, k1, k2, picks, floats, blocks, first_position, num_rows, num_groups, num_tiles, scale * LOG2_E,
         *q.stride()[:3], *k1.stride()[:3], *k2.stride()[:3], *picks.stride()[:3],
         **constants, num_warps=launch.num_warps, num_stages=launch.num_stages, maxnreg=launch.max_registers,
     )  # fmt: skip
@@ -224,7 +265,7 @@ def prefill_constants(
         "DIM": dim,
         "KEYS": keys,
         "SEGMENT": launch.segment_tiles,
-        "CAPACITY": triton.next_power_of_2(segment_blocks + geometry.free_blocks),
+        "CAPACITY": 2 * triton.next_power_of_2(max(segment_blocks, geometry.free_blocks)),
         "COARSE_SIZE": geometry.coarse_kernel_size,
         "COARSE_STRIDE": geometry.coarse_kernel_stride,
         "PER_BLOCK": geometry.pooled_per_block,
@@ -236,6 +277,7 @@ def prefill_constants(
         "BUDGET_TILE": triton.next_power_of_2(geometry.budget),
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "STAGES": launch.num_stages,
+        "HAS_ASM": HAS_INLINE_ASM,
     }
 
 
