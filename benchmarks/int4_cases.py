@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from salalocal.kernels.int4_decode import Int4Weight, decode_bf16, int4_weight
+from salalocal.kernels.int4.scratch import Int4Weight, decode_bf16, int4_weight
 
 DRY = "--dry" in sys.argv
 DEVICE = torch.device("cpu" if DRY else "cuda")

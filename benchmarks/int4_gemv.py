@@ -34,16 +34,16 @@ if DRY:
 
 from benchmarks.budget_report import Report  # noqa: E402
 from benchmarks.int4_gemv_cases import LAYERS, SPARSE_LAYERS, VOCABULARY, Layer, candidates, cases  # noqa: E402
-from salalocal.kernels import grouped_activations  # noqa: E402
 from salalocal.kernels.backend import tl, triton  # noqa: E402
-from salalocal.kernels.grouped_activations import (  # noqa: E402
+from salalocal.kernels.int4 import activations_by_group  # noqa: E402
+from salalocal.kernels.int4.activations_by_group import (  # noqa: E402
     GroupedActivations,
     RawActivations,
     float_activations,
     quantize_groups_reference,
-    rms_norm_quantize,
+    rms_norm_quantize_groups,
 )
-from salalocal.kernels.int4_gemv import (  # noqa: E402
+from salalocal.kernels.int4.gemv import (  # noqa: E402
     PLAIN,
     SWIGLU,
     Epilogue,
@@ -51,8 +51,8 @@ from salalocal.kernels.int4_gemv import (  # noqa: E402
     int4_gemv_definition,
     int4_gemv_triton,
 )
-from salalocal.kernels.int4_gemv.launch import Launch, WordLaunch  # noqa: E402
-from salalocal.kernels.vocabulary import top_k_reference, top_k_triton, vocabulary_best_triton  # noqa: E402
+from salalocal.kernels.int4.gemv.launch import Launch, WordLaunch  # noqa: E402
+from salalocal.kernels.int4.vocabulary import top_k_reference, top_k_triton, vocabulary_best_triton  # noqa: E402
 
 DEVICE = torch.device("cpu" if DRY else "cuda")
 L2_BYTES = 1 << 16 if DRY else 256 << 20
@@ -280,15 +280,15 @@ def search_case(
 
 
 def without_dependent_launch(run: list[Callable[[], Any]]) -> float:
-    known = grouped_activations.PDL_CAPABILITY
-    grouped_activations.PDL_CAPABILITY = 1000
+    known = activations_by_group.PDL_CAPABILITY
+    activations_by_group.PDL_CAPABILITY = 1000
     us, _ = graph_times(run, 0.05)
-    grouped_activations.PDL_CAPABILITY = known
+    activations_by_group.PDL_CAPABILITY = known
     return us
 
 
 def print_launches(best: dict[tuple[str, int, str], tuple[float, Launch]]) -> None:
-    """The table of the fastest, to paste into kernels/int4_gemv/launch.py."""
+    """The table of the fastest, to paste into kernels/int4/gemv/launch.py."""
     shapes = {layer.name: (layer.N, layer.K) for layer in LAYERS}
     print("LAUNCH:")
     for kind, tokens in dict.fromkeys((kind, tokens) for kind, tokens, _ in best):
@@ -375,7 +375,7 @@ def chain(report: Report, launches: dict[str, dict[tuple[int, int], Launch]]) ->
             inner = step("gate_up", hidden, gate_up, SWIGLU)
             hidden = step("down", inner, down, Epilogue("residual", factor, hidden))
         if with_head:
-            vocabulary_best_triton(rms_norm_quantize(hidden, norm, 1e-6, is_split=False), head, 1 / 16)
+            vocabulary_best_triton(rms_norm_quantize_groups(hidden, norm, 1e-6, is_split=False), head, 1 / 16)
         return hidden
 
     every = ("first", "o", "gate_up", "down")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from salalocal.kernels.int4_gemv.launch import GemvShape, Launch, StreamLaunch, TileLaunch, WordLaunch, fitted
+from salalocal.kernels.int4.gemv.launch import GemvShape, Launch, StreamLaunch, TileLaunch, WordLaunch, fitted
 
 DRY = "--dry" in sys.argv
 TOKENS = (1, 3, 16) if DRY else (1, 2, 4, 8, 16)

@@ -45,12 +45,12 @@ from benchmarks.int4_cases import (
 )
 from benchmarks.int4_peers import PEERS
 from benchmarks.timing import ColdTimer, Timing
-from salalocal.kernels.activation_quant import quantize_rows, rms_norm_quantize, split_rows, swiglu_quantize
 from salalocal.kernels.backend import compute_capability
-from salalocal.kernels.int4_decode import Int4Weight, decode_bf16, decode_int8
-from salalocal.kernels.int4_gemv import MAX_TOKENS
-from salalocal.kernels.int4_linear import Workspace, int4_linear, new_workspace
-from salalocal.kernels.int4_route import Math, choose, int4_matmul, prepare
+from salalocal.kernels.int4.activations_by_row import quantize_rows, rms_norm_quantize_rows, split_rows, swiglu_quantize
+from salalocal.kernels.int4.gemv import MAX_TOKENS
+from salalocal.kernels.int4.linear import Workspace, int4_linear, new_workspace
+from salalocal.kernels.int4.route import Math, choose, int4_matmul, prepare
+from salalocal.kernels.int4.scratch import Int4Weight, decode_bf16, decode_int8
 from salalocal.quant.int4 import PackedWeight
 
 ROWS = (1, 17) if DRY else (1, 2, 4, 8, 16, 64, 256, 512, 1_024, 2_048, 4_096, 8_192)
@@ -237,7 +237,7 @@ def measure_parts(clock: Clock, report: Report, ceilings: Ceilings, workspace: W
         gate, up = both[:, :middle], both[:, middle:]
         calls: dict[str, tuple[Callable[[], object], int]] = {
             f"quantize_rows {hidden}": (lambda x=x: quantize_rows(x), 3 * hidden),
-            f"rms_norm_quantize {hidden}": (lambda x=x, gain=gain: rms_norm_quantize(x, gain, 1e-6), 3 * hidden),
+            f"rms_norm_quantize {hidden}": (lambda x=x, gain=gain: rms_norm_quantize_rows(x, gain, 1e-6), 3 * hidden),
             f"split_rows {hidden}": (lambda x=x: split_rows(x), 4 * hidden),
             f"quantize_rows {middle}": (lambda gate=gate: quantize_rows(gate), 3 * middle),
             f"swiglu_quantize {middle}": (lambda gate=gate, up=up: swiglu_quantize(gate, up), 5 * middle),

@@ -5,9 +5,9 @@
     PYTHONPATH=. DISABLE_MMA_V3=1 python3 benchmarks/tune.py --seconds 200 --out tune.json         # RTX instructions
     PYTHONPATH=. python3 benchmarks/tune.py --dry --out /tmp/dry.json                              # without a card
 
-For each kind of GEMM, number of rows and class of weights (wide, deep, small; see `kernels.gemm_launch`) every setting
-is compiled in a pool of processes, checked against float64 on 256 output channels, and timed in a CUDA graph over
-copies of the weights larger than the L2 cache. A wrong setting is named, and not timed.
+For each kind of GEMM, number of rows and class of weights (wide, deep, small; see `kernels.int4.gemm_launch`) every
+setting is compiled in a pool of processes, checked against float64 on 256 output channels, and timed in a CUDA graph
+over copies of the weights larger than the L2 cache. A wrong setting is named, and not timed.
 """
 
 import argparse
@@ -33,13 +33,13 @@ from benchmarks.int4_cases import (
     relative_error,
 )
 from benchmarks.int4_matmul import Clock
-from salalocal.kernels import activation_quant
-from salalocal.kernels.activation_quant import quantize_rows, rms_norm_quantize, swiglu_quantize
-from salalocal.kernels.gemm_launch import GemmLaunch as L
-from salalocal.kernels.int4_decode import Int4Weight, decode_int8
-from salalocal.kernels.int4_gemm import int4_gemm, int4_gemm_definition, int4_gemm_triton
-from salalocal.kernels.int4_route import Int4Scratch, new_scratch, prepare
-from salalocal.kernels.int8_gemm import int8_gemm, int8_gemm_triton
+from salalocal.kernels.int4 import activations_by_row
+from salalocal.kernels.int4.activations_by_row import quantize_rows, rms_norm_quantize_rows, swiglu_quantize
+from salalocal.kernels.int4.gemm import int4_gemm, int4_gemm_definition, int4_gemm_triton
+from salalocal.kernels.int4.gemm_launch import GemmLaunch as L
+from salalocal.kernels.int4.int8_gemm import int8_gemm, int8_gemm_triton
+from salalocal.kernels.int4.route import Int4Scratch, new_scratch, prepare
+from salalocal.kernels.int4.scratch import Int4Weight, decode_int8
 
 CLASSES = {"gate_up": "wide", "down": "deep", "o": "small"}
 HAS_MMA_V3 = os.environ.get("DISABLE_MMA_V3") != "1"
@@ -176,23 +176,23 @@ def tune_class(
 def tune_quantizers(clock: Clock, report: Report) -> None:
     """Time the makers of int8 rows with other numbers of warps a row. Units: GB/s of what they must move."""
     hidden, middle = SHAPES["o"][0], SHAPES["down"][1]
-    chosen = activation_quant._num_warps
+    chosen = activations_by_row._num_warps
     for num_rows in (17,) if DRY else (64, 8_192):
         both = torch.randn(num_rows, 2 * middle, device=DEVICE).bfloat16()
         x, gate, up, gain = both[:, :hidden].contiguous(), both[:, :middle], both[:, middle:], both[0, :hidden]
         calls: dict[str, tuple[Callable[[], object], int]] = {
             f"quantize_rows {hidden}": (lambda x=x: quantize_rows(x), 3 * hidden),
-            f"rms_norm_quantize {hidden}": (lambda x=x, gain=gain: rms_norm_quantize(x, gain, 1e-6), 3 * hidden),
+            f"rms_norm_quantize {hidden}": (lambda x=x, gain=gain: rms_norm_quantize_rows(x, gain, 1e-6), 3 * hidden),
             f"quantize_rows {middle}": (lambda gate=gate: quantize_rows(gate), 3 * middle),
             f"swiglu_quantize {middle}": (lambda gate=gate, up=up: swiglu_quantize(gate, up), 5 * middle),
         }
         for num_warps in (2, 4, 8, 16):
-            activation_quant._num_warps = lambda block, num_warps=num_warps: num_warps
+            activations_by_row._num_warps = lambda block, num_warps=num_warps: num_warps
             for name, (call, moved) in calls.items():
                 microseconds = clock.time([call]).median_us
                 rate = moved * num_rows / microseconds * 1e-3
                 report.add("quantize", what=name, rows=num_rows, num_warps=num_warps, us=microseconds, gbs=rate)
-    activation_quant._num_warps = chosen
+    activations_by_row._num_warps = chosen
 
 
 def written(launch: L) -> str:

@@ -301,13 +301,15 @@ def quantize(
     """
     from salalocal.evals.comparison import measure_copy
     from salalocal.quant.recipe import QuantizeOptions, parse_group_size
-    from salalocal.session.quantizing import QuantizeRequest, quantize_model, usual_method
-    from salalocal.session.start import Sources
+    from salalocal.session.quantizing import QuantizeRequest, quantize_model, usual_method, with_usual_original
+    from salalocal.session.start import Sources, model_choice
     from salalocal.terminal.console import make_terminal
     from salalocal.terminal.eval_view import EvalView
     from salalocal.terminal.quantize_view import QuantizeView, card_json, card_lines
 
-    settings, terminal = load_settings({"model": model, "device": device}), make_terminal(quiet)
+    settings = with_usual_original(load_settings({"model": model, "device": device}))
+    terminal = make_terminal(quiet)
+    terminal.tell(model_choice(settings))
     method = method or usual_method(settings, terminal.tell)
     options = QuantizeOptions(
         method, bits, parse_group_size(group_size, method), bits if sensitive is None else sensitive, head_bits=lm_head
@@ -360,11 +362,12 @@ def divergence(
     from the original, and how often both find the same token likeliest.
     """
     from salalocal.evals.comparison import DivergenceRequest, compare_by_name
+    from salalocal.session.quantizing import with_usual_original
     from salalocal.session.start import Sources
     from salalocal.terminal.console import make_terminal
     from salalocal.terminal.eval_view import EvalView, divergence_lines
 
-    settings = load_settings({"model": model, "device": device, "dtype": dtype})
+    settings = with_usual_original(load_settings({"model": model, "device": device, "dtype": dtype}))
     terminal = make_terminal(quiet)
     sources = Sources(tuple(file or ()), "path", stdin=sys.stdin.buffer)
     request = DivergenceRequest(against, sources, parse_tokens(ctx), parse_tokens(tokens))

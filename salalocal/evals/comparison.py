@@ -18,7 +18,7 @@ from salalocal.checkpoint.folder import ModelFolder
 from salalocal.checkpoint.hub import find_model
 from salalocal.device import pick_device
 from salalocal.engine.load import MAX_DEFAULT_FLOAT32_BYTES
-from salalocal.errors import CheckpointError, MemoryBudgetError
+from salalocal.errors import CheckpointError, MemoryBudgetError, RequestError
 from salalocal.evals.divergence import Divergence, OnTokens, Sequences, compare, read_reference
 from salalocal.prompt.tokenizer import Tokenizer
 from salalocal.session.memory import naming_memory_errors
@@ -28,6 +28,7 @@ from salalocal.session.texts import (
     DEFAULT_SEQUENCE_TOKENS,
     EVALUATION,
     EVALUATION_TOKENS,
+    MIN_SEQUENCE_TOKENS,
     TokenText,
     cut_sequences,
     digest,
@@ -57,6 +58,11 @@ class DivergenceRequest:
     sequence_tokens: int = DEFAULT_SEQUENCE_TOKENS
     max_tokens: int = EVALUATION_TOKENS
 
+    def __post_init__(self) -> None:
+        for flag, value in (("--ctx", self.sequence_tokens), ("--tokens", self.max_tokens)):
+            if value < MIN_SEQUENCE_TOKENS:
+                raise RequestError(f"{flag} {value} is too short to evaluate on", f"{flag} {MIN_SEQUENCE_TOKENS}")
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -85,6 +91,8 @@ def compare_by_name(
     """
     tell(model_choice(settings))
     original, quantized = find_model(settings.model), find_model(request.against)
+    if (original.path.resolve(), original.variant) == (quantized.path.resolve(), quantized.variant):
+        tell("both are the same model: it is compared with itself")
     codec = TextCodec.from_folder(original.path)
     if request.sources.paths:
         text = file_text(request.sources, codec, tell)
@@ -177,8 +185,9 @@ def _check_same_vocabulary(original: ModelFolder, quantized: ModelFolder) -> Non
     tokenizers = [Tokenizer.from_folder(model.path) for model in (original, quantized)]
     if sizes[0] == sizes[1] and _pieces(tokenizers[0]) == _pieces(tokenizers[1]):
         return
+    differ = "equal ids mean other texts" if sizes[0] == sizes[1] else f"{sizes[1]:,} and {sizes[0]:,} tokens"
     raise CheckpointError(
-        f"{quantized} and {original} have different vocabularies ({sizes[1]:,} and {sizes[0]:,} tokens)",
+        f"{quantized} and {original} have different vocabularies: {differ}",
         "compare a model with a quantized copy of it",
     )
 

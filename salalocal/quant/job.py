@@ -150,12 +150,28 @@ def open_job(out: Path, identity: Record, num_steps: int) -> Iterator[Job]:
     """
     folder = _folder_of(out)
     with _naming_write_errors(folder):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise RequestError(f"{one_line(out, 160)} exists", "name another --out, or delete it")
+        if _is_taken(out):
+            raise _exists(out)
         folder.mkdir(parents=True, exist_ok=True)
     with _only_one(folder):
-        remove_strays(folder)
-        yield Job(out, identity, num_steps, _done_steps(folder, identity, num_steps))
+        try:
+            remove_strays(folder)
+            yield Job(out, identity, num_steps, _done_steps(folder, identity, num_steps))
+        finally:
+            with suppress(OSError):
+                folder.rmdir()  # if nothing was put into it
+
+
+def check_place(out: Path) -> None:
+    """Refuse a place where no result can come to stand, before anything is read; one with a card may hold the result.
+
+    Raises: RequestError; CheckpointError if it cannot be looked at.
+    """
+    if out.name in ("", ".."):
+        raise RequestError(f"--out {str(out)!r} does not name a folder to make", "--out small")
+    with _naming_write_errors(out):
+        if _is_taken(out) and not (out / CARD_FILE).is_file():
+            raise _exists(out)
 
 
 def finished_card(out: Path, identity: Record) -> Record | None:
@@ -164,10 +180,11 @@ def finished_card(out: Path, identity: Record) -> Record | None:
     Raises: CheckpointError if the folder cannot be renamed.
     """
     folder = _folder_of(out)
-    if not (folder / JOB_FILE).exists() and _card(folder, identity) is not None and not out.exists():
-        with _only_one(folder), _naming_write_errors(folder):
-            _give_name(folder, out)
-    return _card(out, identity)
+    with _naming_write_errors(folder):
+        if not (folder / JOB_FILE).exists() and _card(folder, identity) is not None and not out.exists():
+            with _only_one(folder):
+                _give_name(folder, out)
+        return _card(out, identity)
 
 
 def free_bytes(out: Path) -> int:
@@ -176,6 +193,14 @@ def free_bytes(out: Path) -> int:
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
+
+
+def _is_taken(out: Path) -> bool:
+    return out.exists() and (not out.is_dir() or any(out.iterdir()))
+
+
+def _exists(out: Path) -> RequestError:
+    return RequestError(f"{one_line(out, 160)} exists", "name another --out, or delete it")
 
 
 def _folder_of(out: Path) -> Path:
@@ -293,5 +318,7 @@ def _naming_write_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         with suppress(OSError):
             remove_strays(folder)
-        hint = "make room and run the command again: it goes on where it stopped" if error.errno == errno.ENOSPC else ""
+        hint = "name an --out in a folder that you may write to"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = "make room and run the command again: it goes on where it stopped"
         raise CheckpointError(f"{one_line(folder, 160)}: cannot write: {error.strerror or error}", hint) from error

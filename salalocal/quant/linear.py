@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from salalocal.kernels.backend import use_triton
 from salalocal.kernels.cpu_int4_matmul import cpu_int4_matmul, has_cpu_int4, to_cpu_int4
-from salalocal.kernels.int4_decode import Int4Weight, int4_weight
-from salalocal.kernels.int4_linear import Workspace, int4_linear, new_workspace, why_no_kernel
-from salalocal.kernels.int4_route import Math
+from salalocal.kernels.int4.linear import Workspace, int4_linear, new_workspace, why_no_kernel
+from salalocal.kernels.int4.route import Math
+from salalocal.kernels.int4.scratch import Int4Weight, int4_weight
 from salalocal.kernels.packed_matmul import packed_matmul
 from salalocal.model.layers import DenseLinear
 from salalocal.quant.codebook import CodebookLinear, CodebookWeight

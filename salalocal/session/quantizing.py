@@ -1,33 +1,35 @@
 """Quantizing a model by name: settings and options in, a quantized model folder and its card out; for `quantize`."""
 
 import json
+import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 
-from salalocal.checkpoint.checkpoint import Checkpoint
 from salalocal.checkpoint.folder import ModelFolder
-from salalocal.checkpoint.hub import find_model, is_hub_id
+from salalocal.checkpoint.hub import BUILTIN, find_model, is_hub_id
+from salalocal.checkpoint.strict_json import one_line
 from salalocal.device import pick_device
 from salalocal.durable import replace_file
 from salalocal.errors import CheckpointError, RequestError
-from salalocal.quant.job import CARD_FILE
+from salalocal.quant.job import CARD_FILE, check_place
 from salalocal.quant.quantizer import Quantizer, StepProgress
-from salalocal.quant.recipe import GPTQ, RTN, QuantizeOptions
-from salalocal.session.start import Sources, Tell, model_choice
+from salalocal.quant.recipe import GPTQ, RTN, QuantizeOptions, make_steps
+from salalocal.session.start import Sources, Tell, read_config
 from salalocal.session.texts import (
     CALIBRATION,
     DEFAULT_SEQUENCE_TOKENS,
+    MIN_SEQUENCE_TOKENS,
     Ids,
     cut_sequences,
     file_text,
     shipped_text,
 )
 from salalocal.session.tokens import TextCodec
-from salalocal.settings import APPLICATION, Settings
+from salalocal.settings import APPLICATION, DEFAULT_ORIGIN, Settings
 
 DEFAULT_CALIBRATION_TOKENS = 8 * DEFAULT_SEQUENCE_TOKENS
 _MOST_PARAMETERS_ON_CPU = 200_000_000  # GPTQ then takes an hour or so on a few cores
@@ -47,6 +49,13 @@ class QuantizeRequest:
     out: Path | None = None
     calibration: Sources = field(default_factory=Sources)
     calibration_tokens: int = DEFAULT_CALIBRATION_TOKENS
+
+    def __post_init__(self) -> None:
+        if self.calibration_tokens < MIN_SEQUENCE_TOKENS:
+            raise RequestError(
+                f"{self.calibration_tokens} tokens are too few to calibrate on",
+                f"--calibration-tokens {MIN_SEQUENCE_TOKENS} or more",
+            )
 
 
 @dataclass(frozen=True)
@@ -70,21 +79,34 @@ def quantize_model(
     Their last digits may move with the number of threads; all else that is written does not.
     Raises: RequestError, HubError, CheckpointError, PackError, NumericError, BusyError, BackendError.
     """
-    tell(model_choice(settings))
-    source = find_model(settings.model)
+    source = _find_original(settings.model)
     out = request.out or _default_out(settings.model, request.options)
     if out.absolute() == source.path.absolute():
         raise RequestError("--out is the folder of the model itself", "name another folder")
+    check_place(out)
+    make_steps(read_config(source), request.options)  # options that the model cannot have, before the text is read
     device = pick_device(settings.device)
     sequences = _calibration(source, request, tell)
     tell(f"result: {out}")
-    card = Quantizer(source, out, request.options, sequences, device=device).run(on_progress)
-    if measure is not None and "quality" not in card:
-        quality = measure(source, ModelFolder(out))
-        if quality is not None:
-            card = {**card, "quality": quality}
-            _write_card(out, card)
+    quantizer = Quantizer(source, out, request.options, sequences, device=device)
+    try:
+        card = quantizer.run(on_progress)
+        if measure is not None and "quality" not in card:
+            quality = measure(source, ModelFolder(out))
+            if quality is not None:
+                card = {**card, "quality": quality}
+                _write_card(out, card)
+    except (KeyboardInterrupt, SystemExit):
+        tell("stopped: the same command goes on from here")
+        raise
     return QuantizedModel(out, card)
+
+
+def with_usual_original(settings: Settings) -> Settings:
+    """The settings for quantizing: where no model is chosen, the one that the built-in 4-bit model was made of."""
+    if settings.origin("model") != DEFAULT_ORIGIN:
+        return settings
+    return replace(settings, model=f"{BUILTIN}:bf16")
 
 
 def usual_method(settings: Settings, tell: Tell) -> str:
@@ -93,12 +115,24 @@ def usual_method(settings: Settings, tell: Tell) -> str:
     Raises: HubError, CheckpointError, RequestError, BackendError.
     """
     device = pick_device(settings.device)
-    num_parameters = Checkpoint.open(find_model(settings.model)).config.num_parameters
+    num_parameters = read_config(_find_original(settings.model)).num_parameters
     if device.type == "cuda" or num_parameters <= _MOST_PARAMETERS_ON_CPU:
         tell("method: gptq, which loses least")
         return GPTQ
     tell(f"method: rtn, since gptq would read its text through {num_parameters / 1e9:.1f} G parameters on a CPU")
     return RTN
+
+
+def _find_original(model: str) -> ModelFolder:
+    """The folder of a model that can be quantized. Raises: RequestError if it is quantized already; HubError."""
+    source = find_model(model)
+    if read_config(source).quantization_config is None:
+        return source
+    name = model if source.variant is None else model.rpartition(":")[0]
+    variants = [ModelFolder(source.path, variant) for variant in source.variants]
+    originals = [f"{name}:{found.variant}" for found in variants if read_config(found).quantization_config is None]
+    hint = f"salalocal quantize --model {shlex.quote(originals[0])}" if originals else ""
+    raise RequestError(f"model {one_line(model, 160)}: quantized already", hint or "name the model that it was made of")
 
 
 def _default_out(model: str, options: QuantizeOptions) -> Path:

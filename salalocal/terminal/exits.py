@@ -1,6 +1,6 @@
 """From what a command raised to an exit code and the lines that explain it; for main.
 
-0 done · 1 a bug of ours · 2 usage · 3 memory · 4 input · 5 hub · 6 device · 7 numbers · 8 busy
+0 done · 1 a bug of ours · 2 usage · 3 memory · 4 input, or a full disk · 5 hub · 6 device · 7 numbers · 8 busy
 130 interrupted · 141 the reader of a pipe went away · 143 terminated
 """
 
@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -22,7 +22,8 @@ from salalocal.settings import is_debugging, state_folder
 from salalocal.terminal.console import save_bug_report, show_error
 from salalocal.terminal.error_view import show_salalocal_error
 
-BUG, USAGE, INTERRUPTED, PIPE_CLOSED, TERMINATED = 1, 2, 130, 141, 143
+BUG, USAGE, DISK_FULL, INTERRUPTED, PIPE_CLOSED, TERMINATED = 1, 2, 4, 130, 141, 143
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # Typer carries its own copy of click from some version on, so its exceptions have no fixed home.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -45,8 +46,7 @@ def run(app: Callable[..., Any], arguments: Sequence[str]) -> int:
 
 def _exit_code(error: BaseException, is_json: bool) -> int:
     if _is_closed_pipe(error):
-        # Nobody reads any more: without this, Python would complain when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         return PIPE_CLOSED
     if isinstance(error, Terminated):
         return TERMINATED
@@ -57,13 +57,29 @@ def _exit_code(error: BaseException, is_json: bool) -> int:
     message, hint, code = _explain(error)
     if is_debugging():
         traceback.print_exception(error)
-    if is_json:
-        sys.stdout.write(json.dumps({"error": {"message": message, "hint": hint, "exit_code": code}}) + "\n")
-    if isinstance(error, SalaLocalError):
-        show_salalocal_error(error)
-    else:
-        show_error(message, [hint])
+    document = {"error": {"message": message, "hint": hint, "exit_code": code}}
+    _end_stdout(json.dumps(document) + "\n" if is_json else "")
+    with suppress(OSError, SystemExit):  # stderr is full or, as rich says it, closed: the code is all that can be said
+        if isinstance(error, SalaLocalError):
+            show_salalocal_error(error)
+        else:
+            show_error(message, [hint])
     return code
+
+
+def _end_stdout(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError:  # nobody reads it, or the disk is full: the lines on stderr say the same
+        _discard_stdout()
+
+
+def _discard_stdout() -> None:
+    """Send what is left for stdout nowhere: otherwise Python would fail once more when it flushes at exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
 
 
 def _explain(error: BaseException) -> tuple[str, str, int]:
@@ -74,6 +90,12 @@ def _explain(error: BaseException) -> tuple[str, str, int]:
         command = context.command_path if context is not None else "salalocal"
         message = str(getattr(error, "format_message", error.__str__)())
         return message[:1].lower() + message[1:].rstrip("."), f"{command} --help", USAGE
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return (
+            f"cannot write {error.filename or 'the output'}: {error.strerror}",
+            "make room, or write elsewhere",
+            DISK_FULL,
+        )
     log = save_bug_report(error, state_folder() / "log")
     message = f"a bug in salalocal, written to {log}: {type(error).__name__}: {error}"
     return message, "please report it with that file; SALALOCAL_DEBUG=1 shows it here", BUG

@@ -81,8 +81,9 @@ def test_json_has_every_figure_on_one_level(models: tuple[Path, Path], text: Sou
 
 def test_a_model_is_equal_to_itself_in_any_dtype(models: tuple[Path, Path], text: Sources) -> None:
     for dtype in ("float32", "bfloat16"):
-        found, _, _ = compared((models[0], models[0]), DivergenceRequest(str(models[0]), text), dtype=dtype)
+        found, _, told = compared((models[0], models[0]), DivergenceRequest(str(models[0]), text), dtype=dtype)
         assert found.dtype == dtype and found.divergence.kl_mean_nats == 0
+        assert "both are the same model: it is compared with itself" in told
 
 
 @pytest.mark.usefixtures("short_shipped_text")
@@ -116,14 +117,16 @@ def test_what_cannot_be_compared_is_refused(models: tuple[Path, Path], text: Sou
         compared(models, DivergenceRequest("nobody/nothing", text))
     with pytest.raises(PackError, match="missing"):
         compared(models, DivergenceRequest(str(copy), Sources((str(tmp_path / "missing"),), "path")))
-    with pytest.raises(RequestError, match="at least 32"):
-        compared(models, DivergenceRequest(str(copy), text, max_tokens=20))
+    for flag, lengths in (("--tokens", {"max_tokens": 31}), ("--ctx", {"sequence_tokens": 4})):
+        with pytest.raises(RequestError, match=f"{flag} .* too short") as raised:
+            DivergenceRequest(str(copy), text, **lengths)
+        assert raised.value.hint == f"{flag} 32"
     other = tiny_tokenizer.tokenizer_json()
     vocab = other["model"]["vocab"]
     names = {number: piece for piece, number in vocab.items()}
     vocab[names[40]], vocab[names[41]] = 41, 40
     tiny_tokenizer.write_tokenizer(copy, other)
-    with pytest.raises(CheckpointError, match="different vocabularies"):
+    with pytest.raises(CheckpointError, match="different vocabularies: equal ids mean other texts"):
         compared(models, DivergenceRequest(str(copy), text))
 
 

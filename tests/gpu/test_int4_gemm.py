@@ -4,17 +4,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from salalocal.kernels.activation_quant import (
+from salalocal.kernels.backend import compute_capability
+from salalocal.kernels.int4.activations_by_row import (
     quantize_rows,
     quantize_rows_reference,
-    rms_norm_quantize,
+    rms_norm_quantize_rows,
     split_rows,
     swiglu_quantize,
     to_split_order,
 )
-from salalocal.kernels.backend import compute_capability
-from salalocal.kernels.gemm_launch import GemmLaunch
-from salalocal.kernels.int4_decode import (
+from salalocal.kernels.int4.gemm import int4_gemm_definition, int4_gemm_triton
+from salalocal.kernels.int4.gemm_launch import GemmLaunch
+from salalocal.kernels.int4.int8_gemm import Residual
+from salalocal.kernels.int4.route import Route, int4_matmul, new_scratch, prepare
+from salalocal.kernels.int4.scratch import (
     Int4Weight,
     decode_bf16,
     decode_bf16_reference,
@@ -24,9 +27,6 @@ from salalocal.kernels.int4_decode import (
     decode_int8_reference,
     int4_weight,
 )
-from salalocal.kernels.int4_gemm import int4_gemm_definition, int4_gemm_triton
-from salalocal.kernels.int4_route import Route, int4_matmul, new_scratch, prepare
-from salalocal.kernels.int8_gemm import Residual
 from salalocal.kernels.norm import rms_norm_reference
 from salalocal.kernels.swiglu import swiglu_reference
 
@@ -80,7 +80,7 @@ def test_quantized_rows_are_the_bits_of_the_reference(generator: torch.Generator
     assert torch.equal(split_rows(x), to_split_order(x))
     gain = torch.randn(shape[1], generator=generator, device=CUDA).bfloat16()
     for made, expected in (
-        (rms_norm_quantize(x, gain, 1e-6), quantize_rows_reference(rms_norm_reference(x, gain, 1e-6))),
+        (rms_norm_quantize_rows(x, gain, 1e-6), quantize_rows_reference(rms_norm_reference(x, gain, 1e-6))),
         (swiglu_quantize(x, other), quantize_rows_reference(swiglu_reference(x, other.clone()))),
     ):
         assert (made.codes.int() - expected.codes.int()).abs().max() <= 1

@@ -8,15 +8,15 @@ import torch
 from quantized_cases import random_weight
 
 from salalocal.kernels.backend import compute_capability
-from salalocal.kernels.grouped_activations import (
+from salalocal.kernels.int4.activations_by_group import (
     RawActivations,
     float_activations,
     quantize_groups,
     quantize_groups_definition,
-    rms_norm_quantize,
-    rms_norm_quantize_definition,
+    rms_norm_quantize_groups,
+    rms_norm_quantize_groups_definition,
 )
-from salalocal.kernels.int4_gemv import (
+from salalocal.kernels.int4.gemv import (
     PLAIN,
     SWIGLU,
     Epilogue,
@@ -25,8 +25,8 @@ from salalocal.kernels.int4_gemv import (
     int4_gemv_definition,
     int4_gemv_triton,
 )
-from salalocal.kernels.int4_gemv.launch import LAUNCH, GemvShape, StreamLaunch, fitted
-from salalocal.kernels.vocabulary import top_k, top_k_reference, vocabulary_best
+from salalocal.kernels.int4.gemv.launch import LAUNCH, GemvShape, StreamLaunch, fitted
+from salalocal.kernels.int4.vocabulary import top_k, top_k_reference, vocabulary_best
 from salalocal.quant.int4 import IntScheme, PackedWeight
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -114,7 +114,7 @@ def test_producers_give_the_codes_of_the_definition(seed: int) -> None:
     x, weight = rows(seed, 5, 4096) * 30, rows(seed + 1, 4096)
     for made, exact in (
         (quantize_groups(x), quantize_groups_definition(x)),
-        (rms_norm_quantize(x, weight, 1e-6), rms_norm_quantize_definition(x, weight, 1e-6)),
+        (rms_norm_quantize_groups(x, weight, 1e-6), rms_norm_quantize_groups_definition(x, weight, 1e-6)),
     ):
         assert made.scales is not None and exact.scales is not None
         assert torch.allclose(made.scales, exact.scales, rtol=1e-2)
@@ -130,7 +130,7 @@ def test_a_captured_step_follows_its_inputs(seed: int) -> None:
     def step() -> torch.Tensor:
         y = hidden
         for _ in range(4):
-            inner = int4_gemv(rms_norm_quantize(y, norm, 1e-6), up, SWIGLU)
+            inner = int4_gemv(rms_norm_quantize_groups(y, norm, 1e-6), up, SWIGLU)
             y = int4_gemv(quantize_groups(inner), down, Epilogue("residual", 1e-3, y))
             inner = int4_gemv_triton(RawActivations(y, (norm, 1e-6)), up, SWIGLU, launch=StreamLaunch(8, 128, 8, 2, 3))
             y = int4_gemv_triton(

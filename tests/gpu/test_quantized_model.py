@@ -7,8 +7,8 @@ from salalocal.checkpoint.checkpoint import Checkpoint
 from salalocal.checkpoint.hub import find_model
 from salalocal.engine.engine import Engine, EngineConfig
 from salalocal.engine.load import load_model
-from salalocal.kernels.int4_linear import new_workspace
-from salalocal.kernels.int4_route import Math
+from salalocal.kernels.int4.linear import new_workspace
+from salalocal.kernels.int4.route import Math
 from salalocal.model.sala import SalaModel
 from salalocal.quant.linear import KernelLinear
 

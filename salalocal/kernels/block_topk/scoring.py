@@ -31,6 +31,13 @@ def log_sum_over_heads(z, KEYS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.cons
 
 
 @triton.jit
+def sum_over_heads(z, KEYS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr):
+    """The sum of 2**z over the heads, 0 for what is no number. [KEYS, ROWS * HEADS] -> [KEYS, ROWS]"""
+    score = tl.sum(tl.exp2(tl.reshape(z, [KEYS, ROWS, HEADS])), 2)
+    return tl.where(score == score, score, 0.0)
+
+
+@triton.jit
 def is_among_largest(scores, is_there, COUNT: tl.constexpr, ROWS: tl.constexpr):
     """Whether a score is one of the COUNT largest of its row, ties to the left. [ROWS, N] -> truth of that shape"""
     bits = scores.to(tl.int32, bitcast=True)
@@ -39,7 +46,7 @@ def is_among_largest(scores, is_there, COUNT: tl.constexpr, ROWS: tl.constexpr):
     # The largest number that COUNT of them reach, two bits a step: the three counts share an integer.
     threshold = tl.zeros([ROWS], tl.uint32)
     one = tl.full([ROWS], 1, tl.uint32)
-    for step in tl.static_range(16):
+    for step in range(16):
         low, high = one << (30 - 2 * step), one << (31 - 2 * step)
         reached = (ordered >= (threshold | low)[:, None]).to(tl.int64)
         reached += (ordered >= (threshold | high)[:, None]).to(tl.int64) << 20

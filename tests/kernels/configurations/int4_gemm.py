@@ -1,11 +1,11 @@
-"""Every launch configuration of the int4 and int8 GEMMs, the decoders and the activation quantizers that ships."""
+"""Every launch configuration of the int4 and int8 GEMMs, the scratches and the activation quantizers that ships."""
 
 from dataclasses import replace
 
 from compile_case import CompileCase
 
-from salalocal.kernels import activation_quant, int4_decode, int4_gemm, int8_gemm
-from salalocal.kernels.gemm_launch import INT4_BF16_LAUNCH, INT4_INT8_LAUNCH, INT8_LAUNCH, GemmLaunch
+from salalocal.kernels.int4 import activations_by_row, gemm, int8_gemm, scratch
+from salalocal.kernels.int4.gemm_launch import INT4_BF16_LAUNCH, INT4_INT8_LAUNCH, INT8_LAUNCH, GemmLaunch
 
 TABLES = {"int8": INT4_INT8_LAUNCH, "bf16": INT4_BF16_LAUNCH, "scratch": INT8_LAUNCH}
 SCALARS = {
@@ -53,7 +53,7 @@ def int4_case(
     name += " split" if has_splits else ""
     divisible = [one for one in ALIGNED if one in types and not types[one].startswith("tensordesc")]
     return CompileCase(
-        name, int4_gemm._int4_gemm_kernel, types, constants, launch.num_warps, launch.num_stages,
+        name, gemm._int4_gemm_kernel, types, constants, launch.num_warps, launch.num_stages,
         (*divisible, "partials", "num_groups"), cards,
         max_spill_bytes=EPILOGUE_SPILL_BYTES if has_splits else 0,
     )  # fmt: skip
@@ -99,21 +99,21 @@ def gemm_cases() -> list[CompileCase]:
     return [*cases, int4_case("int8", GemmLaunch(16, 128, 256, 8, 3), 64, False, False, (120,))]
 
 
-def decode_case(kind: str, group: int) -> CompileCase:
+def scratch_case(kind: str, group: int) -> CompileCase:
     y = {"int8": "*i8", "bf16": "*bf16", "fp8": "*fp8e4nv"}[kind]
     types = {"octets": "*i8", "scales": "*bf16", "ratios": "*fp32", "y": y, "num_rows": "i32", "num_groups": "i32"}
-    constants = {"GROUP": group, "KIND": kind, "ROWS": int4_decode._ROWS, "GROUPS": 512 // group, "HAS_ASM": True}
+    constants = {"GROUP": group, "KIND": kind, "ROWS": scratch._ROWS, "GROUPS": 512 // group, "HAS_ASM": True}
     cards = (90, 120) if kind == "bf16" else (90,)  # the one with most registers on all
     divisible = ("octets", "scales", "ratios", "y", "num_rows", "num_groups")
-    return CompileCase(f"decode {kind} g{group}", int4_decode._decode_kernel, types, constants, 4, 3, divisible, cards)
+    return CompileCase(f"scratch {kind} g{group}", scratch._decode_kernel, types, constants, 4, 3, divisible, cards)
 
 
 def quantize_case(name: str, block: int, limit: float) -> CompileCase:
     kernel = {
-        "rows": activation_quant._quantize_rows_kernel,
-        "norm": activation_quant._rms_norm_quantize_kernel,
-        "swiglu": activation_quant._swiglu_quantize_kernel,
-        "split": activation_quant._split_rows_kernel,
+        "rows": activations_by_row._quantize_rows_kernel,
+        "norm": activations_by_row._rms_norm_quantize_rows_kernel,
+        "swiglu": activations_by_row._swiglu_quantize_kernel,
+        "split": activations_by_row._split_rows_kernel,
     }[name]
     strides = {"x_stride": "i32", "gate_stride": "i32", "up_stride": "i32", "num_columns": "i32", "eps": "fp32"}
     tensors = dict.fromkeys(("x", "gate", "up", "weight"), "*bf16" if name == "split" else "*i32") | {"scales": "*fp32"}
@@ -124,13 +124,13 @@ def quantize_case(name: str, block: int, limit: float) -> CompileCase:
     divisible = tuple(one for one in types if one != "eps")
     cards = (90, 120) if name == "swiglu" else (90,)  # the one with most registers on all
     return CompileCase(
-        f"quantize {name} {block}", kernel, types, constants, activation_quant._num_warps(block), 3, divisible, cards
+        f"quantize {name} {block}", kernel, types, constants, activations_by_row._num_warps(block), 3, divisible, cards
     )
 
 
 CASES = [
     *gemm_cases(),
-    *(decode_case(kind, 128) for kind in ("int8", "bf16", "fp8")),
+    *(scratch_case(kind, 128) for kind in ("int8", "bf16", "fp8")),
     *(quantize_case(name, 16384, 127.0) for name in ("rows", "norm", "swiglu", "split")),
     quantize_case("rows", 4096, 448.0),
 ]

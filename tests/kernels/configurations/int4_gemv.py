@@ -5,18 +5,18 @@ from typing import Any
 
 from compile_case import CompileCase
 
-from salalocal.kernels.grouped_activations import (
+from salalocal.kernels.int4.activations_by_group import (
     GROUPS_PER_PROGRAM,
     NORM_WARPS,
     NUM_WARPS,
     PDL_CAPABILITY,
     _grouped_activations_kernel,
 )
-from salalocal.kernels.int4_gemv.launch import LAUNCH, Launch, StreamLaunch, TileLaunch
-from salalocal.kernels.int4_gemv.stream import _int4_gemv_stream_kernel
-from salalocal.kernels.int4_gemv.tiles import _int4_gemv_tiles_kernel
-from salalocal.kernels.int4_gemv.words import _int4_gemv_words_kernel
-from salalocal.kernels.vocabulary import BLOCK_ENTRIES, SELECT_WARPS, _best_key_kernel, _select_kernel
+from salalocal.kernels.int4.gemv.launch import LAUNCH, Launch, StreamLaunch, TileLaunch
+from salalocal.kernels.int4.gemv.stream import _int4_gemv_stream_kernel
+from salalocal.kernels.int4.gemv.tiles import _int4_gemv_tiles_kernel
+from salalocal.kernels.int4.gemv.words import _int4_gemv_words_kernel
+from salalocal.kernels.int4.vocabulary import BLOCK_ENTRIES, SELECT_WARPS, _best_key_kernel, _select_kernel
 
 # Part of the table -> the architectures that stand for those which read it; every line is compiled for these, and once
 # for those that differ from them in nothing that is measured here.

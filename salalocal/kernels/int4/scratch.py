@@ -1,0 +1,262 @@
+"""Packed int4 weights unfolded into a scratch that a matrix unit reads: int8, fp8 or bf16; once per prefill chunk.
+
+    int8:  factor[n, g] = floor(scales[n, g] * 254 / max_g |scales[n]| + 1/2)         integers from -254 to 254
+           w8[n, k] = floor((code[n, k] * factor[n, g(k)] + 8) / 16)                  W ~ w8 * row_scales[n]
+           row_scales[n] = 16 / 254 * max_g |scales[n]|
+    bf16:  W[n, k] = round(code[n, k] * scales[n, g(k)])
+    fp8:   W ~ round(code[n, k] * scales[n, g(k)] / fp8_scales[n]) * fp8_scales[n]
+           fp8_scales[n] = row_scales[n] * 127 / 448
+
+with code from -8 to 7 and g(k) = k // group_size. One scale an output channel is what an integer GEMM can take outside
+its loop. The int8 form is integer arithmetic only, so that the GEMM that unpacks in registers (`kernels.int4.gemm`)
+and this scratch give the same product to the last bit.
+
+Shapes: words int32 [N, K / 8], see `kernels.packing`; scales [N, groups]; K a multiple of 128 and of group_size.
+int8 and fp8 lie in split order (`kernels.int4.activations_by_row`), bf16 in plain order.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from salalocal.errors import BackendError
+from salalocal.kernels.backend import HAS_INLINE_ASM, tl, triton, use_triton
+from salalocal.kernels.int4.activations_by_row import LIMITS, SPLIT_BLOCK, to_split_order
+from salalocal.kernels.packing import unpack_codes
+
+GROUP_SIZES = (32, 64, 128)
+FACTOR_LIMIT = 254
+_FP8_RATIO = 448.0 / 127.0
+_ROWS, _FEATURES, _WARPS = 8, 512, 4  # the tile of one program
+
+
+class Int4Weight(NamedTuple):
+    """A packed matrix with what folding its groups needs.
+
+    Shapes: words int32 [N, K / 8]; scales [N, groups]; row_scales, inverses fp32 [N]: 254 / max_g |scales|, or 0.
+    """
+
+    words: Tensor
+    scales: Tensor
+    group_size: int
+    row_scales: Tensor
+    inverses: Tensor
+
+
+def int4_weight(words: Tensor, scales: Tensor, group_size: int) -> Int4Weight:
+    """Checks a packed matrix and folds its scales. Raises: BackendError for a shape that no kernel here takes."""
+    num_out, num_in = words.shape[0], words.shape[1] * 8
+    if group_size not in GROUP_SIZES or num_in % SPLIT_BLOCK:
+        raise BackendError(
+            f"int4 weights [{num_out:,}, {num_in:,}] in groups of {group_size}: kernels take groups of 32, 64 and 128 "
+            f"and input features in blocks of {SPLIT_BLOCK}",
+            "SALALOCAL_KERNELS=reference computes any shape",
+        )
+    if scales.shape != (num_out, num_in // group_size):
+        raise ValueError(f"scales are {tuple(scales.shape)}, needed are {(num_out, num_in // group_size)}")
+    largest = scales.float().abs().amax(dim=1)
+    inverses = torch.where(largest > 0, FACTOR_LIMIT / largest, 0.0)
+    return Int4Weight(words.contiguous(), scales.contiguous(), group_size, largest * (16 / FACTOR_LIMIT), inverses)
+
+
+def folded_factors(weight: Int4Weight) -> Tensor:
+    """The integer factor of every group. Shapes: int32 [N, groups]."""
+    return (weight.scales.float() * weight.inverses.unsqueeze(1) + 0.5).floor().int()
+
+
+def fp8_scales(weight: Int4Weight) -> Tensor:
+    """The scale of every output channel of `decode_fp8`. Shapes: fp32 [N]."""
+    return weight.row_scales / _FP8_RATIO
+
+
+def decode_int8_definition(weight: Int4Weight) -> Tensor:
+    """The formula with fractions, in float64."""
+    product = _centred(weight, torch.float64) * _per_feature(weight, folded_factors(weight)).double()
+    return to_split_order(((product + 8) / 16).floor().to(torch.int8))
+
+
+def decode_int8_reference(weight: Int4Weight) -> Tensor:
+    """The same in integers: what a CPU runs."""
+    product = _centred(weight, torch.int32) * _per_feature(weight, folded_factors(weight))
+    return to_split_order(((product + 8) >> 4).to(torch.int8))
+
+
+def decode_bf16_reference(weight: Int4Weight) -> Tensor:
+    """Plain weights, rounded once."""
+    return (_centred(weight, torch.float32) * _per_feature(weight, weight.scales.float())).bfloat16()
+
+
+def decode_fp8_reference(weight: Int4Weight) -> Tensor:
+    """Weights in steps of `fp8_scales`."""
+    ratios = weight.scales.float() * (weight.inverses * (1 / 16 * _FP8_RATIO)).unsqueeze(1)
+    return to_split_order((_centred(weight, torch.float32) * _per_feature(weight, ratios)).to(torch.float8_e4m3fn))
+
+
+@triton.jit
+def fold_low(octets, factors, HAS_ASM: tl.constexpr):
+    """int8 weights of the low code of every byte: floor((code * factor + 8) / 16).
+
+    factors int32, one for each four neighbouring bytes at least, broadcasts against octets. The assembly multiplies two
+    codes at once, each in 16 bits of a word; `tail` rounds and centres, and its lower half may borrow from the upper
+    one without harm, since products there are multiples of 16 and 8 are to spare.
+    """
+    if HAS_ASM:
+        tail = (136 - factors * 128) * 65537
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 even, odd;
+            shr.b32 odd, $1, 8;
+            and.b32 odd, odd, 0x000F000F;
+            and.b32 even, $1, 0x000F000F;
+            mad.lo.s32 even, even, $2, $6;
+            mad.lo.s32 odd, odd, $2, $6;
+            prmt.b32 $0, even, odd, 0x7351;
+            }""",
+            "=r,r,r,r,r,r,r,r,r,r",
+            [octets, factors * 16, tail],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    return ((((octets.to(tl.int32) & 15) - 8) * factors + 8) >> 4).to(tl.int8)
+
+
+@triton.jit
+def fold_high(octets, factors, HAS_ASM: tl.constexpr):
+    """The same for the high code of every byte, which stands 16 times as high in its half word already."""
+    if HAS_ASM:
+        tail = (136 - factors * 128) * 65537
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 even, odd;
+            shr.b32 odd, $1, 8;
+            and.b32 odd, odd, 0x00F000F0;
+            and.b32 even, $1, 0x00F000F0;
+            mad.lo.s32 even, even, $2, $6;
+            mad.lo.s32 odd, odd, $2, $6;
+            prmt.b32 $0, even, odd, 0x7351;
+            }""",
+            "=r,r,r,r,r,r,r,r,r,r",
+            [octets, factors, tail],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    return (((((octets.to(tl.int32) >> 4) & 15) - 8) * factors + 8) >> 4).to(tl.int8)
+
+
+@triton.jit
+def _decode_kernel(
+    octets,
+    scales,
+    ratios,
+    y,
+    num_rows,
+    num_groups,
+    GROUP: tl.constexpr,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HAS_ASM: tl.constexpr,
+):
+    """KIND: int8, fp8 or bf16. ratios fp32 [N]: what the scales of a row are multiplied with."""
+    HALF: tl.constexpr = GROUP // 2
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None, None]
+    group = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None]
+    octet = tl.arange(0, HALF)[None, None, :]
+    is_there = (row < num_rows) & (group < num_groups)
+    place = row.to(tl.int64) * num_groups + group
+    packed = tl.load(octets + place * HALF + octet, mask=is_there, other=0)
+    scale = tl.load(scales + place, mask=is_there, other=0.0).to(tl.float32)
+    if KIND == "bf16":
+        wide = packed.to(tl.int32)
+        low = ((wide & 15) - 8).to(tl.float32) * scale
+        high = (((wide >> 4) & 15) - 8).to(tl.float32) * scale
+        both = tl.interleave(low.to(tl.bfloat16), high.to(tl.bfloat16))
+        tl.store(y + place * GROUP + tl.arange(0, GROUP)[None, None, :], both, mask=is_there)
+    else:
+        ratio = scale * tl.load(ratios + row, mask=row < num_rows, other=0.0)
+        if KIND == "int8":
+            factors = tl.floor(ratio + 0.5).to(tl.int32)
+            low, high = fold_low(packed, factors, HAS_ASM), fold_high(packed, factors, HAS_ASM)
+        else:
+            wide = packed.to(tl.int32)
+            low = (((wide & 15) - 8).to(tl.float32) * ratio).to(tl.float8e4nv)
+            high = ((((wide >> 4) & 15) - 8).to(tl.float32) * ratio).to(tl.float8e4nv)
+        column = group * HALF + octet
+        target = y + row.to(tl.int64) * num_groups * GROUP + (column // 64) * 128 + column % 64
+        tl.store(target, low, mask=is_there)
+        tl.store(target + 64, high, mask=is_there)
+
+
+def decode_int8_triton(weight: Int4Weight, out: Tensor) -> Tensor:
+    """int8 weights in split order into `out`. Shapes: out int8 [N, K]."""
+    return _decode(weight, weight.inverses, out, "int8")
+
+
+def decode_bf16_triton(weight: Int4Weight, out: Tensor) -> Tensor:
+    """Plain weights into `out`. Shapes: out bf16 [N, K]."""
+    return _decode(weight, weight.inverses, out, "bf16")
+
+
+def decode_fp8_triton(weight: Int4Weight, out: Tensor) -> Tensor:
+    """fp8 weights in split order into `out`. Shapes: out float8_e4m3fn [N, K]."""
+    return _decode(weight, weight.inverses * (1 / 16 * _FP8_RATIO), out, "fp8")
+
+
+def decode_int8(weight: Int4Weight, out: Tensor) -> Tensor:
+    """int8 weights with one scale an output channel, `row_scales`, in split order, into `out`."""
+    if use_triton(weight.words, out):
+        return decode_int8_triton(weight, out)
+    return out.copy_(decode_int8_reference(weight))
+
+
+def decode_bf16(weight: Int4Weight, out: Tensor) -> Tensor:
+    """Plain weights into `out`."""
+    return (
+        decode_bf16_triton(weight, out) if use_triton(weight.words, out) else out.copy_(decode_bf16_reference(weight))
+    )
+
+
+def decode_fp8(weight: Int4Weight, out: Tensor) -> Tensor:
+    """fp8 weights with one scale an output channel, `fp8_scales`, in split order, into `out`."""
+    return decode_fp8_triton(weight, out) if use_triton(weight.words, out) else out.copy_(decode_fp8_reference(weight))
+
+
+_KINDS = {"int8": torch.int8, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+
+
+def _decode(weight: Int4Weight, ratios: Tensor, out: Tensor, kind: str) -> Tensor:
+    num_out, num_in = weight.words.shape[0], weight.words.shape[1] * 8
+    if out.dtype != _KINDS[kind] or out.shape != (num_out, num_in) or not out.is_contiguous():
+        raise ValueError(f"scratch is {out.dtype} {tuple(out.shape)}, needed is {_KINDS[kind]} {(num_out, num_in)}")
+    num_groups, groups = num_in // weight.group_size, _FEATURES // weight.group_size
+    grid = (triton.cdiv(num_out, _ROWS), triton.cdiv(num_groups, groups))
+    _decode_kernel[grid](
+        weight.words.view(torch.int8),
+        weight.scales,
+        ratios,
+        out,
+        num_out,
+        num_groups,
+        GROUP=weight.group_size,
+        KIND=kind,
+        ROWS=_ROWS,
+        GROUPS=groups,
+        HAS_ASM=HAS_INLINE_ASM,
+        num_warps=_WARPS,
+        enable_fp_fusion=False,
+    )
+    return out
+
+
+def _centred(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
+    return unpack_codes(weight.words, 4, dtype) - 8
+
+
+def _per_feature(weight: Int4Weight, groups: Tensor) -> Tensor:
+    return groups.repeat_interleave(weight.group_size, dim=1)
+
+
+assert LIMITS[torch.float8_e4m3fn] / LIMITS[torch.int8] == _FP8_RATIO
