@@ -11,9 +11,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
@@ -46,7 +46,7 @@ def run(app: Callable[..., Any], arguments: Sequence[str]) -> int:
 
 def _exit_code(error: BaseException, is_json: bool) -> int:
     if _is_closed_pipe(error):
-        _discard_stdout()
+        _discard(sys.stdout)
         return PIPE_CLOSED
     if isinstance(error, Terminated):
         return TERMINATED
@@ -59,11 +59,14 @@ def _exit_code(error: BaseException, is_json: bool) -> int:
         traceback.print_exception(error)
     document = {"error": {"message": message, "hint": hint, "exit_code": code}}
     _end_stdout(json.dumps(document) + "\n" if is_json else "")
-    with suppress(OSError, SystemExit):  # stderr is full or, as rich says it, closed: the code is all that can be said
+    try:
         if isinstance(error, SalaLocalError):
             show_salalocal_error(error)
         else:
             show_error(message, [hint])
+        sys.stderr.flush()
+    except (OSError, SystemExit):  # stderr is full or, as rich says it, closed: the code is all that can be said
+        _discard(sys.stderr)
     return code
 
 
@@ -72,13 +75,13 @@ def _end_stdout(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except OSError:  # nobody reads it, or the disk is full: the lines on stderr say the same
-        _discard_stdout()
+        _discard(sys.stdout)
 
 
-def _discard_stdout() -> None:
-    """Send what is left for stdout nowhere: otherwise Python would fail once more when it flushes at exit."""
+def _discard(stream: TextIO) -> None:
+    """Send what is left for a stream nowhere: otherwise Python would fail once more when it flushes at exit."""
     null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
+    os.dup2(null, stream.fileno())
     os.close(null)
 
 

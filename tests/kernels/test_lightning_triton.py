@@ -59,7 +59,9 @@ def assert_right(found: tuple[torch.Tensor, torch.Tensor], inputs: Tensors, turn
     assert found[0].dtype == q.dtype and found[1].dtype == torch.float32
     # From nothing, the first token's output is one score times v: that score's own rounding is not averaged out.
     is_one_score = q.shape[1] == 1 and not state.any()
-    allowed = 2**-8 if is_one_score else 2 * relative_error(plain.to(q.dtype), exact[0]) + 1e-6
+    # A few tokens do not average the roundings of their scores either: a sixteenth of bf16's step on top.
+    constant = 1e-6 if q.dtype == torch.float32 else 2**-12
+    allowed = 2**-8 if is_one_score else 2 * relative_error(plain.to(q.dtype), exact[0]) + constant
     assert relative_error(found[0], exact[0]) <= allowed
     # A key whose last bit the kernel's norm rounds the other way counts as bf16 noise of one element in a thousand.
     assert relative_error(found[1], exact[1]) <= (2**-16 if turn is None else 5e-4)

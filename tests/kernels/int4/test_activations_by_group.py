@@ -68,7 +68,8 @@ def test_floats_are_normed_and_split_but_not_rounded_further(seed: int) -> None:
     for norm in (None, (weight, 1e-5)):
         kernel, reference = grouped_activations_triton(x, norm, quantize=False), float_activations(x, norm)
         assert kernel.scales is None and kernel.values.dtype == torch.bfloat16
-        assert torch.allclose(kernel.values.float(), reference.values.float(), rtol=1e-2)
+        # Both round twice, behind the factor and behind the gain: each may fall one step of bf16 apart.
+        assert torch.allclose(kernel.values.float(), reference.values.float(), rtol=2**-6)
     assert torch.equal(float_activations(x).values, split_order(x))
 
 
