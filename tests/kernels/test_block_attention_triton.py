@@ -67,6 +67,7 @@ def test_strides_and_memory_around_the_output(seed: int, monkeypatch: pytest.Mon
 
 def test_huge_scores_neither_overflow_nor_spread(seed: int) -> None:
     q, k, v, picks = draw(seed, 100, 5, torch.float32)
+    q, k = q.round(), k.round()  # whole numbers: scores are equal or far apart, never apart by a rounding
     found = block_attention_triton(*(x.to(DEVICE) for x in (1e4 * q, k, v, picks)), 95, BLOCK, SCALE).cpu()
     exact = block_attention_definition(1e4 * q.double(), k.double(), v.double(), picks, 95, BLOCK, SCALE)
     torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-3)
