@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.timing import ColdTimer
 from salalocal.kernels import block_attention as attention_room
 from salalocal.kernels import block_topk as choice_room
+from salalocal.kernels.backend import entry_of_card
 from salalocal.kernels.block_attention import decode as attention_decode
 from salalocal.kernels.block_attention import prefill as attention
 from salalocal.kernels.block_topk import BlockGeometry
@@ -276,7 +277,7 @@ def main() -> None:
             layer = draw(num_tokens, min(arguments.queries, num_tokens // 2), is_alike, arguments.seed)
             row: dict[str, object] = {"num_tokens": num_tokens, "alike": is_alike, **check(layer)}
             picks = layer.choose()
-            _, counts = attention.merge_blocks(picks, attention.prefill_launch(90).rows)
+            _, counts = attention.merge_blocks(picks, entry_of_card(attention.LAUNCH, 90).rows)
             row["blocks_per_union"] = float(counts.float().mean())
             if arguments.search and num_tokens == max(arguments.tokens):
                 row["search"] = search(layer, picks, timer, deadline)

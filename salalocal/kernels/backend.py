@@ -5,8 +5,9 @@ used. SALALOCAL_KERNELS=reference turns the kernels off for a process, to compar
 """
 
 import os
+from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,12 +20,14 @@ __all__ = [
     "KERNELS_VARIABLE",
     "OLDEST_CAPABILITY",
     "compute_capability",
+    "entry_of_card",
     "num_multiprocessors",
-    "shared_memory_limit",
     "tl",
     "triton",
     "use_triton",
 ]
+
+_Entry = TypeVar("_Entry")
 
 OLDEST_CAPABILITY = 80  # what kernels are written for; a launch without a card takes its settings
 
@@ -77,12 +80,14 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-@cache
-def shared_memory_limit(device: torch.device) -> int:
-    """Bytes of shared memory that one block may use; those of the small cards for a CPU (the interpreter)."""
-    if device.type != "cuda":
-        return 99 * 1024
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
+def entry_of_card(table: Mapping[int, _Entry], capability: int) -> _Entry:
+    """What a table by oldest compute capability holds for a card. Raises: BackendError for one older than all of it."""
+    known = [oldest for oldest in table if oldest <= capability]
+    if not known:
+        raise BackendError(
+            f"compute capability {capability} is older than {min(table)}", "use SALALOCAL_KERNELS=reference"
+        )
+    return table[max(known)]
 
 
 @cache

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from salalocal.errors import BackendError
-from salalocal.kernels.backend import HAS_INLINE_ASM, compute_capability, tl, triton
+from salalocal.kernels.backend import HAS_INLINE_ASM, compute_capability, entry_of_card, tl, triton
 from salalocal.kernels.qk_norm_rope import (
     NormRope,
     check_heads,
@@ -345,7 +345,7 @@ def lightning_prefill_triton(
 
 def launch_for(device: torch.device) -> PrefillLaunch:
     """The launch data of a card."""
-    return LAUNCHES[max(capability for capability in LAUNCHES if capability <= compute_capability(device))]
+    return entry_of_card(LAUNCHES, compute_capability(device))
 
 
 def run_prefill(

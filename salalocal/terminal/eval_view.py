@@ -1,22 +1,18 @@
 """An evaluation on screen: progress and figures go in, a bar on stderr and lines go out; for `eval`, `quantize`."""
 
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from salalocal.evals.comparison import EvalProgress
 from salalocal.terminal.console import Terminal
-from salalocal.terminal.keyboard import EchoSwitch
+from salalocal.terminal.live_bar import LiveBar
 from salalocal.terminal.progress import duration
 
-_REFRESHES_PER_S = 4
-_LINE_EVERY_S = 5.0
 _NARROW = 60
 
 
@@ -25,44 +21,19 @@ class EvalView:
 
     def __init__(self, terminal: Terminal) -> None:
         self._terminal = terminal
-        self._live: Live | None = None
-        self._echo: EchoSwitch | None = None
-        self._next_line_s: float | None = None
+        self._live_bar = LiveBar(terminal)
 
     def show(self, progress: EvalProgress) -> None:
         """Draw how far it is; the end leaves one line behind."""
         if progress.num_tokens >= progress.total_tokens:
             self.close()
             self._terminal.tell(f"evaluated in {duration(progress.elapsed_s)}, {_rate(progress)}", style="dim")
-        elif not self._terminal.is_quiet:
-            self._draw(progress)
+        else:
+            self._live_bar.draw(lambda width: _bar(progress, width), lambda: f"evaluating: {_figures(progress)}")
 
     def close(self) -> None:
         """Take the bar away; safe to call at any time."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-        if self._echo is not None:
-            self._echo.restore()
-            self._echo = None
-
-    def _draw(self, progress: EvalProgress) -> None:
-        if not self._terminal.is_live:
-            self._tell_sometimes(progress)
-            return
-        if self._live is None:
-            self._echo = EchoSwitch()
-            self._live = Live(console=self._terminal.err, transient=True, refresh_per_second=_REFRESHES_PER_S)
-            self._live.start()
-        self._live.update(_bar(progress, self._terminal.err.width))
-
-    def _tell_sometimes(self, progress: EvalProgress) -> None:
-        now_s = time.monotonic()
-        if self._next_line_s is None:
-            self._next_line_s = now_s + _LINE_EVERY_S
-        elif now_s >= self._next_line_s:
-            self._next_line_s = now_s + _LINE_EVERY_S
-            self._terminal.tell(f"evaluating: {_figures(progress)}")
+        self._live_bar.close()
 
 
 def divergence_lines(figures: Mapping[str, Any]) -> Iterator[str]:

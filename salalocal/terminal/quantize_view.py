@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -16,12 +15,9 @@ from salalocal.quant.recipe import ROW
 from salalocal.session.quantizing import QuantizedModel
 from salalocal.terminal.console import Terminal
 from salalocal.terminal.eval_view import divergence_lines
-from salalocal.terminal.keyboard import EchoSwitch
+from salalocal.terminal.live_bar import LINE_EVERY_S, LiveBar
 from salalocal.terminal.progress import duration
 from salalocal.terminal.tables import size
-
-_REFRESHES_PER_S = 4
-_LINE_EVERY_S = 5.0
 
 
 class QuantizeView:
@@ -29,9 +25,7 @@ class QuantizeView:
 
     def __init__(self, terminal: Terminal) -> None:
         self._terminal = terminal
-        self._live: Live | None = None
-        self._echo: EchoSwitch | None = None
-        self._next_line_s = time.monotonic() + _LINE_EVERY_S
+        self._live_bar = LiveBar(terminal, time.monotonic() + LINE_EVERY_S)
         self._num_resumed = 0
 
     def show(self, progress: StepProgress) -> None:
@@ -46,30 +40,13 @@ class QuantizeView:
             self.close()
             parts = [f"quantized in {duration(progress.elapsed_s)}", *_memory(progress)]
             self._terminal.tell(", ".join(parts), style="dim")
-        elif not self._terminal.is_quiet:
-            self._draw(progress)
+        else:
+            done = f"quantizing: {progress.step} of {progress.num_steps} steps"
+            self._live_bar.draw(lambda width: _bar(progress, width), lambda: f"{done}, {_figures(progress)}")
 
     def close(self) -> None:
         """Take the bar away; safe to call at any time."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-        if self._echo is not None:
-            self._echo.restore()
-            self._echo = None
-
-    def _draw(self, progress: StepProgress) -> None:
-        if not self._terminal.is_live:
-            now_s = time.monotonic()
-            if now_s >= self._next_line_s:
-                self._next_line_s = now_s + _LINE_EVERY_S
-                self._terminal.tell(f"quantizing: {progress.step} of {progress.num_steps} steps, {_figures(progress)}")
-            return
-        if self._live is None:
-            self._echo = EchoSwitch()
-            self._live = Live(console=self._terminal.err, transient=True, refresh_per_second=_REFRESHES_PER_S)
-            self._live.start()
-        self._live.update(_bar(progress, self._terminal.err.width))
+        self._live_bar.close()
 
 
 def _bar(progress: StepProgress, width: int) -> RenderableType:

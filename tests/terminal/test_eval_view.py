@@ -20,7 +20,7 @@ def progress(num_tokens: int, elapsed_s: float) -> EvalProgress:
 
 def test_a_pipe_gets_a_line_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     err, clock = io.StringIO(), 0.0
-    monkeypatch.setattr("salalocal.terminal.eval_view.time.monotonic", lambda: clock)
+    monkeypatch.setattr("salalocal.terminal.live_bar.time.monotonic", lambda: clock)
     view = EvalView(make_terminal(err=err, out=io.StringIO()))
     for step in range(1, 11):
         clock += 3.0
@@ -46,7 +46,7 @@ def test_keys_are_not_echoed_under_the_bar(monkeypatch: pytest.MonkeyPatch) -> N
             calls.append("on")
 
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr("salalocal.terminal.eval_view.EchoSwitch", Echo)
+    monkeypatch.setattr("salalocal.terminal.live_bar.EchoSwitch", Echo)
     view = EvalView(make_terminal(err=Tty(), out=io.StringIO()))
     assert calls == []
     view.show(progress(100, 1.0))

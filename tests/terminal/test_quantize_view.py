@@ -34,7 +34,7 @@ def progress(step: int, **changes: object) -> StepProgress:
 
 def test_a_pipe_gets_a_line_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     err, clock = io.StringIO(), 0.0
-    monkeypatch.setattr("salalocal.terminal.quantize_view.time.monotonic", lambda: clock)
+    monkeypatch.setattr("salalocal.terminal.live_bar.time.monotonic", lambda: clock)
     view = QuantizeView(make_terminal(err=err, out=io.StringIO()))
     view.show(progress(1, name="embedding", error=None, left_s=None))
     for step in range(2, 7):
@@ -74,7 +74,7 @@ def test_keys_are_not_echoed_under_the_bar(monkeypatch: pytest.MonkeyPatch) -> N
             calls.append("on")
 
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr("salalocal.terminal.quantize_view.EchoSwitch", Echo)
+    monkeypatch.setattr("salalocal.terminal.live_bar.EchoSwitch", Echo)
     view = QuantizeView(make_terminal(err=Tty(), out=io.StringIO()))
     assert calls == []
     view.show(progress(2))

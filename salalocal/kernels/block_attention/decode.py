@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salalocal.kernels.backend import compute_capability, tl, triton
+from salalocal.kernels.backend import compute_capability, entry_of_card, tl, triton
 from salalocal.kernels.block_attention.prefill import LOG2_E, check_supported
 
 MAX_ROWS = 16  # a step of speculative decoding; more rows are prefill's
@@ -28,11 +28,6 @@ class DecodeLaunch:
 
 # By compute capability; the one at or below the card's is taken.
 LAUNCH = {80: DecodeLaunch(parts=96, num_warps=4, num_stages=1)}
-
-
-def decode_launch(capability: int) -> DecodeLaunch:
-    """The committed setting for a card."""
-    return LAUNCH[max(known for known in LAUNCH if known <= capability)]
 
 
 @triton.jit
@@ -111,7 +106,7 @@ def block_attention_decode(
     if batch != 1 or not 1 <= num_rows <= MAX_ROWS or picks.shape[:3] != (1, num_rows, num_groups):
         raise ValueError(f"q {tuple(q.shape)} and picks {tuple(picks.shape)}: 1 to {MAX_ROWS} rows of one sequence")
     check_supported(q, k, v, picks, block_size)
-    launch = decode_launch(compute_capability(q.device))
+    launch = entry_of_card(LAUNCH, compute_capability(q.device))
     constants = decode_constants(launch, num_heads // num_groups, dim, block_size, q.dtype)
     parts = max(1, launch.parts // num_rows)
     heads = num_heads // num_groups

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from salalocal.errors import BackendError
-from salalocal.kernels.backend import compute_capability, tl, triton
+from salalocal.kernels.backend import compute_capability, entry_of_card, tl, triton
 
 LOG2_E = 1.4426950408889634
 _FINEST_DIM = 16  # what tl.dot takes at least
@@ -37,11 +37,6 @@ LAUNCH = {
     90: PrefillLaunch(rows=4, num_warps=4, num_stages=3),
     120: PrefillLaunch(rows=4, num_warps=4, num_stages=2),
 }
-
-
-def prefill_launch(capability: int) -> PrefillLaunch:
-    """The committed setting for a card."""
-    return LAUNCH[max(known for known in LAUNCH if known <= capability)]
 
 
 @triton.jit
@@ -183,7 +178,7 @@ def block_attention_triton(
     if k.shape[1] < first_position + num_rows:
         raise ValueError(f"{num_rows} queries from position {first_position} on, but only {k.shape[1]} keys")
     check_supported(q, k, v, blocks, block_size)
-    launch = prefill_launch(compute_capability(q.device))
+    launch = entry_of_card(LAUNCH, compute_capability(q.device))
     union, counts = merge_blocks(blocks, launch.rows)
     out = torch.empty_like(q)
     constants = prefill_constants(launch, num_heads // num_groups, dim, block_size, q.dtype)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salalocal.kernels.backend import HAS_INLINE_ASM, compute_capability, num_multiprocessors, tl, triton
+from salalocal.kernels.backend import HAS_INLINE_ASM, compute_capability, entry_of_card, num_multiprocessors, tl, triton
 from salalocal.kernels.block_topk.geometry import BlockGeometry
 from salalocal.kernels.block_topk.prefill import LOG2_E, check_supported
 from salalocal.kernels.block_topk.reference import heads_per_group
@@ -35,11 +35,6 @@ class DecodeLaunch:
 
 # By compute capability; the one at or below the card's is taken.
 LAUNCH = {80: DecodeLaunch(tile_keys=64, programs_per_core=1, num_warps=4, num_stages=3)}
-
-
-def decode_launch(capability: int) -> DecodeLaunch:
-    """The committed setting for a card."""
-    return LAUNCH[max(known for known in LAUNCH if known <= capability)]
 
 
 @triton.jit
@@ -169,7 +164,7 @@ def block_topk_decode(
         raise ValueError(f"q is {tuple(q.shape)}, needed are 1 to {MAX_ROWS} rows of one sequence")
     heads = heads_per_group(q, k1, k2, 0, q.shape[1], geometry)
     check_supported(q, k1, k2, heads, geometry)
-    launch = decode_launch(compute_capability(q.device))
+    launch = entry_of_card(LAUNCH, compute_capability(q.device))
     constants = decode_constants(launch, geometry, heads, q)
     num_rows, num_groups = q.shape[1], k1.shape[2]
     tile = constants["ROWS"] * heads

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from salalocal.errors import BackendError
-from salalocal.kernels.backend import HAS_INLINE_ASM, compute_capability, num_multiprocessors, tl, triton
+from salalocal.kernels.backend import HAS_INLINE_ASM, compute_capability, entry_of_card, num_multiprocessors, tl, triton
 from salalocal.kernels.block_topk.geometry import BlockGeometry
 from salalocal.kernels.block_topk.reference import heads_per_group
 from salalocal.kernels.block_topk.scoring import LOWEST, is_among_largest, log_sum_over_heads, sum_over_heads
@@ -46,11 +46,6 @@ LAUNCH = {
     90: PrefillLaunch(tile_rows=128, tile_keys=128, segment_tiles=8, num_warps=8, num_stages=2, max_registers=128),
     120: PrefillLaunch(tile_rows=128, tile_keys=64, segment_tiles=16, num_warps=8, num_stages=2),
 }
-
-
-def prefill_launch(capability: int) -> PrefillLaunch:
-    """The committed setting for a card."""
-    return LAUNCH[max(known for known in LAUNCH if known <= capability)]
 
 
 @triton.jit
@@ -273,7 +268,7 @@ def _launch(
     batch, num_rows, num_heads, dim = q.shape
     num_groups = picks.shape[2]
     heads = num_heads // num_groups
-    launch = prefill_launch(compute_capability(q.device))
+    launch = entry_of_card(LAUNCH, compute_capability(q.device))
     constants = prefill_constants(launch, geometry, heads, dim, q.dtype)
     rows = constants["ROWS"]
     num_tiles = -(-num_rows // rows) * batch * num_groups

@@ -5,14 +5,12 @@ mma.sync path (DISABLE_MMA_V3=1), within the 99 KiB of shared memory that RTX ca
 No tuning happens at run time.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-from salalocal.errors import BackendError
+from salalocal.kernels.backend import entry_of_card
 
 _MANY_OUTPUTS, _MANY_INPUTS = 8192, 8192
-_Entry = TypeVar("_Entry")
 
 
 @dataclass(frozen=True)
@@ -44,16 +42,6 @@ class PerShape(NamedTuple):
 # By the oldest compute capability they hold for, then by the most rows they are for (None: any).
 RowTable = tuple[tuple[int | None, GemmLaunch | PerShape], ...]
 LaunchTable = dict[int, RowTable]
-
-
-def entry_of_card(table: Mapping[int, _Entry], capability: int) -> _Entry:
-    """What a table by oldest compute capability holds for a card. Raises: BackendError for one older than all of it."""
-    known = [oldest for oldest in table if oldest <= capability]
-    if not known:
-        raise BackendError(
-            f"compute capability {capability} is older than {min(table)}", "use SALALOCAL_KERNELS=reference"
-        )
-    return table[max(known)]
 
 
 def pick_launch(table: LaunchTable, capability: int, num_rows: int, num_out: int, num_in: int) -> GemmLaunch:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from salalocal.errors import BackendError
+from salalocal.kernels.backend import entry_of_card
 from salalocal.kernels.int4.activations_by_row import QuantizedRows, quantize_rows, split_rows
 from salalocal.kernels.int4.gemm import INT8_GROUPS, SplitWorkspace, int4_gemm, new_split_workspace
-from salalocal.kernels.int4.gemm_launch import entry_of_card
 from salalocal.kernels.int4.int8_gemm import Residual, int8_gemm
 from salalocal.kernels.int4.scratch import Int4Weight, decode_bf16, decode_fp8, decode_int8, fp8_scales
 

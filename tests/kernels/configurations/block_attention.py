@@ -3,18 +3,18 @@
 import torch
 from compile_case import ARCHITECTURES, CompileCase
 
+from salalocal.kernels.backend import entry_of_card
+from salalocal.kernels.block_attention import decode, prefill
 from salalocal.kernels.block_attention.decode import (
     _attend_part_kernel,
     _join_parts_kernel,
     decode_constants,
-    decode_launch,
 )
 from salalocal.kernels.block_attention.prefill import (
     _NO_BLOCK,
     _block_attention_prefill_kernel,
     _merge_blocks_kernel,
     prefill_constants,
-    prefill_launch,
 )
 
 TENSORS = {"q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16", "out_ptr": "*bf16"}
@@ -26,9 +26,9 @@ CASES = [
         f"prefill sm_{architecture}",
         _block_attention_prefill_kernel,
         {**TENSORS, **UNIONS, **COUNTS, "log2_scale": "fp32", **dict.fromkeys(STRIDES, "i32")},
-        prefill_constants(prefill_launch(architecture), 16, 128, 64, torch.bfloat16),
-        num_warps=prefill_launch(architecture).num_warps,
-        num_stages=prefill_launch(architecture).num_stages,
+        prefill_constants(entry_of_card(prefill.LAUNCH, architecture), 16, 128, 64, torch.bfloat16),
+        num_warps=entry_of_card(prefill.LAUNCH, architecture).num_warps,
+        num_stages=entry_of_card(prefill.LAUNCH, architecture).num_stages,
         divisible=(*TENSORS, *UNIONS, *STRIDES),
         architectures=(architecture,),
     )
@@ -40,7 +40,7 @@ CASES = [
         {"blocks_ptr": "*i64", **UNIONS}
         | dict.fromkeys(("num_rows", "num_groups", "num_picks", "capacity"), "i32")
         | dict.fromkeys(("stride_b", "stride_t", "stride_g"), "i32"),
-        {"ROWS": prefill_launch(80).rows, "PICKS": 128, "NO_BLOCK": _NO_BLOCK},
+        {"ROWS": entry_of_card(prefill.LAUNCH, 80).rows, "PICKS": 128, "NO_BLOCK": _NO_BLOCK},
         num_warps=1,
         divisible=("blocks_ptr", *UNIONS, "stride_b", "stride_t", "stride_g"),
     )
@@ -62,11 +62,11 @@ CASES += [
         DECODE_TYPES,
         constants,
         num_warps=4,
-        num_stages=decode_launch(80).num_stages,
+        num_stages=entry_of_card(decode.LAUNCH, 80).num_stages,
         divisible=tuple(name for name in DECODE_ALIGNED if name in kernel.arg_names),
     )
     for kernel, constants in (
-        (_attend_part_kernel, decode_constants(decode_launch(80), 16, 128, 64, torch.bfloat16)),
+        (_attend_part_kernel, decode_constants(entry_of_card(decode.LAUNCH, 80), 16, 128, 64, torch.bfloat16)),
         (_join_parts_kernel, {"HEADS": 16, "DIM": 128, "PARTS": 64}),
     )
 ]

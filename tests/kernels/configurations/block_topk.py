@@ -3,16 +3,16 @@
 import torch
 from compile_case import ARCHITECTURES, CompileCase
 
-from salalocal.kernels.block_topk import BlockGeometry
+from salalocal.kernels.backend import entry_of_card
+from salalocal.kernels.block_topk import BlockGeometry, decode, prefill
 from salalocal.kernels.block_topk.decode import (
     _choose_kernel,
     _normalise_kernel,
     _score_kernel,
     choose_warps,
     decode_constants,
-    decode_launch,
 )
-from salalocal.kernels.block_topk.prefill import _block_topk_prefill_kernel, prefill_constants, prefill_launch
+from salalocal.kernels.block_topk.prefill import _block_topk_prefill_kernel, prefill_constants
 
 RELEASED = BlockGeometry(kernel_size=32, kernel_stride=16, block_size=64, init_blocks=1, window_size=2048, topk=64)
 KNOWN_SPILL_BYTES = 3072  # in the search for the largest of a full list, which is run a few times a tile
@@ -25,12 +25,12 @@ CASES = [
         f"prefill sm_{architecture}",
         _block_topk_prefill_kernel,
         {**POINTERS, **LISTS, **SIZES, **dict.fromkeys(STRIDES, "i32")},
-        prefill_constants(prefill_launch(architecture), RELEASED, 16, 128, torch.bfloat16),
-        num_warps=prefill_launch(architecture).num_warps,
-        num_stages=prefill_launch(architecture).num_stages,
+        prefill_constants(entry_of_card(prefill.LAUNCH, architecture), RELEASED, 16, 128, torch.bfloat16),
+        num_warps=entry_of_card(prefill.LAUNCH, architecture).num_warps,
+        num_stages=entry_of_card(prefill.LAUNCH, architecture).num_stages,
         divisible=(*POINTERS, *LISTS, *STRIDES),
         architectures=(architecture,),
-        max_registers=prefill_launch(architecture).max_registers,
+        max_registers=entry_of_card(prefill.LAUNCH, architecture).max_registers,
         max_spill_bytes=KNOWN_SPILL_BYTES,
     )
     for architecture in ARCHITECTURES
@@ -39,7 +39,7 @@ CASES = [
 
 def decode_cases(architecture: int, num_rows: int) -> list[CompileCase]:
     """The three launches of a step of so many rows on two million tokens."""
-    launch = decode_launch(architecture)
+    launch = entry_of_card(decode.LAUNCH, architecture)
     constants = decode_constants(launch, RELEASED, 16, torch.empty(1, num_rows, 32, 128, dtype=torch.bfloat16))
     tile = constants["ROWS"] * 16
     pointers = {"q_ptr": "*bf16", "k1_ptr": "*bf16", "k2_ptr": "*bf16", "position_ptr": "*i64"}
