@@ -77,12 +77,16 @@ def attempt(what: str, call: Callable[[], object]) -> bool:
     return True
 
 
-def in_processes(script: str, seconds: float, more: Sequence[str] = ()) -> None:
+def in_processes(script: str, seconds: float, more: Sequence[str] = (), mma_sync_part: float = 0.0) -> None:
     """Run a script with `--share INDEX COUNT` so many times as there are cores, to fill Triton's cache on disk: a
-    compiler holds one core. What is not done in time is left."""
-    began, count = time.monotonic(), min(14, os.cpu_count() or 1)
+    compiler holds one core. Some processes compile for the mma.sync path. What is not done in time is left."""
+    began, count = time.monotonic(), min(15, os.cpu_count() or 1)
+    num_mma_sync = round(count * mma_sync_part)
+    shares = [(index, count - num_mma_sync, {}) for index in range(count - num_mma_sync)]
+    shares += [(index, num_mma_sync, {"DISABLE_MMA_V3": "1"}) for index in range(num_mma_sync)]
     pool = [
-        subprocess.Popen([sys.executable, script, "--share", str(index), str(count), *more]) for index in range(count)
+        subprocess.Popen([sys.executable, script, "--share", str(index), str(of), *more], env=os.environ | changes)
+        for index, of, changes in shares
     ]
     for process in pool:
         try:

@@ -53,20 +53,22 @@ from salalocal.kernels.int4.route import Math, choose, int4_matmul, prepare
 from salalocal.kernels.int4.scratch import Int4Weight, decode_bf16, decode_int8
 from salalocal.quant.int4 import PackedWeight
 
-ROWS = (1, 17) if DRY else (1, 2, 4, 8, 16, 64, 256, 512, 1_024, 2_048, 4_096, 8_192)
-MMA_SYNC_ROWS = (17,) if DRY else (16, 64, 256, 1_024, 8_192)
+ROWS = (1, 17) if DRY else (1, 2, 4, 8, 16, 64, 256, 1_024, 4_096, 8_192)
+MMA_SYNC_ROWS = (17,) if DRY else (16, 256, 1_024, 8_192)
+READY_ROWS = 17 if DRY else 1_024  # from here on also with activations that their producer has quantized
 HAS_MMA_V3 = os.environ.get("DISABLE_MMA_V3") != "1"
 OURS = ("int8", "bf16", "int8 ready")
 LARGEST_ERROR = {"int8": 0.015, "int8 ready": 0.015, "bf16": 0.006}  # quantizing normal activations is 0.7-1.2 %
 # Where a peer is not timed everywhere: tinygemm is for few rows, the others tune or decode for seconds.
 PEER_ROWS = {
     "tinygemm": ROWS[:7],
-    "bitsandbytes nf4": (1, 16, 256, 2_048, 8_192),
-    "gemlite A16W4": (1, 16, 256, 2_048, 8_192),
-    "gemlite A8W4": (1, 16, 256, 2_048, 8_192),
+    "bitsandbytes nf4": (1, 4, 16, 64, 256, 1_024, 8_192),
+    "gemlite A16W4": (1, 16, 256, 8_192),
+    "gemlite A8W4": (1, 16, 256, 8_192),
 }
-TUNING_PEERS, TUNED_SHAPES = ("gemlite A16W4", "gemlite A8W4"), ("gate_up", "down", "o")
-PEER_SECONDS = 8.0  # for one peer on one shape, its own tuning included
+PEER_SECONDS = 6.0  # for one peer on one shape, its own tuning included
+COMPILE_SECONDS, MMA_SYNC_SECONDS = 45.0, 22.0
+MMA_SYNC_PART = 0.3  # of the processes that compile
 RTX_5090 = {"read_gbs": 1_792.0, "bf16": 209.5, "int8": 838.0}  # published peaks, TFLOP/s of the dense units
 CELL_SECONDS = 3.0  # kept back for what follows a cell
 
@@ -141,7 +143,7 @@ def call_of(kind: str, x: Tensor, weight: Int4Weight, workspace: Workspace) -> C
     if kind != "int8 ready":
         math_kind: Math = "int8" if kind == "int8" else "bf16"
         return lambda: int4_linear(x, packed(weight), weight, math_kind, workspace)
-    if len(x) <= MAX_TOKENS:
+    if len(x) < READY_ROWS:
         return None
     route = choose(len(x), weight.group_size, "int8", compute_capability(DEVICE))
     codes = prepare(x, route)
@@ -205,14 +207,13 @@ def gemlite_int8_peer(num_out: int, num_in: int, cold_bytes: int) -> list[Callab
 ALL_PEERS: dict[str, Callable[..., list[Callable[[Tensor], object]]]] = {**PEERS, "gemlite A8W4": gemlite_int8_peer}
 
 
-def measure_peers(clock: Clock, report: Report, ceilings: Ceilings, shape: str) -> None:
-    """Every peer on a shape at every number of rows it is for, within its time."""
-    for name, make in ALL_PEERS.items():
-        if name in TUNING_PEERS and shape not in TUNED_SHAPES:
-            continue
-        until = time.monotonic() + min(PEER_SECONDS, report.left() / 8)
+def measure_peer(clock: Clock, report: Report, ceilings: Ceilings, name: str) -> None:
+    """One peer on every shape at every number of rows it is for, within its time."""
+    make = ALL_PEERS[name]
+    for shape in SHAPES:
+        until = time.monotonic() + min(PEER_SECONDS, report.left() - CELL_SECONDS)
 
-        def measure(name: str = name, make: Callable[..., Any] = make, until: float = until) -> None:
+        def measure(shape: str = shape, until: float = until) -> None:
             functions = make(*SHAPES[shape], COLD_BYTES)
             for num_rows in PEER_ROWS.get(name, ROWS):
                 if time.monotonic() > until:
@@ -222,6 +223,9 @@ def measure_peers(clock: Clock, report: Report, ceilings: Ceilings, shape: str) 
                 timing = clock.time([lambda one=one, x=x: one(x) for one in functions])
                 record(report, ceilings, name, shape, num_rows, timing)
 
+        if report.left() < CELL_SECONDS:
+            print(f"no time for {name} {shape}", flush=True)
+            continue
         attempt(f"{name} {shape}", measure)
         if not DRY:
             torch.cuda.empty_cache()
@@ -327,12 +331,12 @@ def main() -> None:
     if arguments.share:
         compile_share(*arguments.share)
         return
-    other_s = arguments.seconds * 0.3 if HAS_MMA_V3 else 0.0
+    other_s = min(MMA_SYNC_SECONDS, arguments.seconds * 0.2) if HAS_MMA_V3 else 0.0
     report = Report(arguments.out, arguments.seconds, DEVICE)
     torch.manual_seed(7)
     print(f"{report.meta}, triton {triton.__version__}", flush=True)
-    if not DRY:
-        in_processes(__file__, min(60.0, report.left() / 2))
+    if not DRY and HAS_MMA_V3:
+        in_processes(__file__, min(COMPILE_SECONDS, report.left() / 2), (), MMA_SYNC_PART)
     clock = Clock()
     ceilings = measure_ceilings(clock, report)
     workspace = new_workspace(DEVICE, math.prod(SHAPES["gate_up"]), "bf16")
@@ -353,8 +357,8 @@ def main() -> None:
     report.save()
     print_projection(report.rows, ceilings)
     if not arguments.no_peers:
-        for shape in SHAPES:
-            measure_peers(clock, report, ceilings, shape)
+        for name in ALL_PEERS:  # those that tune themselves come last, and may run out of time
+            measure_peer(clock, report, ceilings, name)
             report.save()
         print_table(report.rows, False)
 

@@ -10,17 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salalocal.kernels.gated_norm import GatedNorm, gated_norm_reference, gated_norm_triton
 from salalocal.kernels.lightning import lightning_reference, lightning_slopes
-from salalocal.kernels.lightning_decode import (
-    DecodeLaunch,
-    Heads,
-    gated_step_triton,
-    lightning_commit_triton,
-    lightning_decays,
-    lightning_step_triton,
-    lightning_verify_triton,
-)
 from salalocal.kernels.lightning_prefill import PrefillLaunch, Recurrence, run_prefill
 from salalocal.kernels.qk_norm_rope import NormRope, qk_norm_rope_reference
 
@@ -67,6 +57,14 @@ def timed_us(calls: list[Callable[[], Any]], budget_s: float = 0.15) -> tuple[fl
         times.append(start.elapsed_time(end) * 1e3 / len(calls))
     times = sorted(times[2:])
     return statistics.median(times), times[len(times) * 3 // 4] - times[len(times) // 4]
+
+
+def copy_gb_per_s() -> float:
+    x = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
+    y = torch.empty_like(x)
+    us, _ = timed_us([lambda: y.copy_(x)])
+    note("copy of 1 GiB", gb_per_s=2 * x.nbytes / us / 1e3)
+    return 2 * x.nbytes / us / 1e3
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
@@ -152,71 +150,3 @@ def verdict(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor, float], m
     if error <= 2 * exact[2] + 1e-4 and state_error <= most:  # not when NaN
         return ""
     return f"o {error:.2e}, torch {exact[2]:.2e}, S {state_error:.2e}"
-
-
-def decode_calls(launch: DecodeLaunch, num_states: int) -> dict[str, list[Callable[[], Any]]]:
-    """Calls of each decode form, every one with a state of its own."""
-    q, k, v, _ = draw(16)
-    decays = lightning_decays(lightning_slopes(HEADS)).to(DEVICE)
-    states = [torch.randn(1, HEADS, DIM, DIM, device=DEVICE) for _ in range(num_states)]
-    gate = torch.randn(1, 1, HEADS * DIM, device=DEVICE, dtype=torch.bfloat16)
-    gated = GatedNorm(weight=torch.ones(HEADS * DIM, device=DEVICE, dtype=torch.bfloat16), gate=gate, eps=EPS)
-    counters, count = (
-        torch.zeros(1, dtype=torch.int32, device=DEVICE),
-        torch.full((1,), 3, dtype=torch.int32, device=DEVICE),
-    )
-
-    def heads(tokens: int) -> Heads:
-        return Heads(q[:, :tokens], k[:, :tokens], v[:, :tokens], decays, SCALE, norm_rope_for(tokens))
-
-    one, four, sixteen = heads(1), heads(4), heads(16)
-
-    def two_launches(state: Tensor) -> Tensor:
-        return gated_norm_triton(lightning_step_triton(one, state, launch).view(1, 1, -1), gated)
-
-    forms: dict[str, Callable[[Tensor], Any]] = {
-        "step": lambda state: lightning_step_triton(one, state, launch),
-        "step, then gated norm": two_launches,
-        "gated step": lambda state: gated_step_triton(one, state, gated, counters, launch),
-        "verify 4": lambda state: lightning_verify_triton(four, state, launch),
-        "verify 16": lambda state: lightning_verify_triton(sixteen, state, launch),
-        "commit 3 of 4": lambda state: lightning_commit_triton(four, state, count, launch),
-    }
-    for form in forms.values():
-        form(states[0])
-    return {name: [lambda s=s, form=form: form(s) for s in states] for name, form in forms.items()}
-
-
-def check_decode() -> str:
-    """Empty if one gated step and a verified, committed draft agree with float64."""
-    q, k, v, state = draw(16, seed=5)
-    slopes = lightning_slopes(HEADS)
-    decays, norm_rope = lightning_decays(slopes).to(DEVICE), norm_rope_for(16)
-    heads = Heads(q, k, v, decays, SCALE, norm_rope)
-    turned = turned_on_cpu(q, k, norm_rope)
-    wide = (turned[0].double(), turned[1].double(), v.double())
-    exact = lightning_reference(*wide, slopes.double().to(DEVICE), SCALE, state.double())
-    o, committed = lightning_verify_triton(heads, state), state.clone()
-    lightning_commit_triton(heads, committed, torch.tensor([16], dtype=torch.int32, device=DEVICE))
-    errors = relative_error(o, exact[0]), relative_error(committed, exact[1])
-    if errors[0] > 4e-3 or errors[1] > 1e-3:
-        return f"verify and commit: o {errors[0]:.2e}, state {errors[1]:.2e}"
-    stepped = state.clone()
-    weight = torch.rand(HEADS * DIM, device=DEVICE).bfloat16()
-    counters = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    for i in range(16):
-        gated = GatedNorm(weight=weight, gate=torch.randn(1, 1, HEADS * DIM, device=DEVICE).bfloat16(), eps=EPS)
-        piece = slice(i, i + 1)
-        one = Heads(
-            q[:, piece],
-            k[:, piece],
-            v[:, piece],
-            decays,
-            SCALE,
-            replace(norm_rope, positions=norm_rope.positions[piece]),
-        )
-        y = gated_step_triton(one, stepped, gated, counters)
-        expected = gated_norm_reference(o[:, piece].flatten(2), gated)
-        if relative_error(y, expected) > 1e-3 or int(counters):
-            return f"gated step {i}: {relative_error(y, expected):.2e}, counter {int(counters)}"
-    return "" if torch.equal(stepped, committed) else "16 steps and a commit of 16 leave different bits"

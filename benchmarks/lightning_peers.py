@@ -12,7 +12,6 @@ import torch
 from benchmarks.lightning_cases import DEVICE, HEADS, SCALE, draw, note, timed_us
 from salalocal.kernels.lightning import lightning_reference, lightning_slopes
 
-NUM_STATES = 48  # 2 MiB each, past the L2 cache
 TOKENS = 8192
 
 
@@ -24,16 +23,12 @@ def measure(*, is_warming: bool) -> None:
         us, _ = timed_us([lambda: lightning_reference(q, k, v, slopes, SCALE, state)])
         note("torch reference, fp32", ns=us * 1e3 / TOKENS)
     try:
-        from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
+        from fla.ops.simple_gla import chunk_simple_gla
     except ImportError as error:
         note("fla", missing=str(error)[:100])
         return
     q, k, v = (x.contiguous() for x in (q, k, v))
     given = {"g_gamma": -slopes, "scale": SCALE, "output_final_state": True}
-    one = [x[:, :1].contiguous() for x in (q, k, v)]
-    states = [torch.randn_like(state) for _ in range(2 if is_warming else NUM_STATES)]
-    us, _ = timed_us([lambda s=s: fused_recurrent_simple_gla(*one, initial_state=s, **given) for s in states])
-    note("fla fused_recurrent step", us=us)
     us, _ = timed_us([lambda: chunk_simple_gla(q, k, v, initial_state=state, **given)])
     note("fla chunk_simple_gla", ns=us * 1e3 / TOKENS)
 

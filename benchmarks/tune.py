@@ -13,8 +13,10 @@ over copies of the weights larger than the L2 cache. A wrong setting is named, a
 import argparse
 import math
 import os
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,9 +39,10 @@ from salalocal.kernels.int4 import activations_by_row
 from salalocal.kernels.int4.activations_by_row import quantize_rows, rms_norm_quantize_rows, swiglu_quantize
 from salalocal.kernels.int4.gemm import int4_gemm, int4_gemm_definition, int4_gemm_triton
 from salalocal.kernels.int4.gemm_launch import GemmLaunch as L
-from salalocal.kernels.int4.int8_gemm import int8_gemm, int8_gemm_triton
-from salalocal.kernels.int4.route import Int4Scratch, new_scratch, prepare
+from salalocal.kernels.int4.int8_gemm import int8_gemm, int8_gemm_triton, int8_swiglu, int8_swiglu_triton
+from salalocal.kernels.int4.route import Int4Scratch, int4_matmul, int4_swiglu, new_scratch, prepare
 from salalocal.kernels.int4.scratch import Int4Weight, decode_int8
+from salalocal.kernels.swiglu import swiglu_definition
 
 CLASSES = {"gate_up": "wide", "down": "deep", "o": "small"}
 HAS_MMA_V3 = os.environ.get("DISABLE_MMA_V3") != "1"
@@ -78,31 +81,62 @@ WIDE = [
     L(128, 128, 256, 8, 2, has_tma=True),
     L(128, 128, 256, 8, 2),
 ]
+# bf16: a weight is unpacked once for so many rows.
+TALL = [
+    L(128, 128, num_warps=8, num_stages=3, has_tma=True),
+    L(128, 128, num_warps=8, num_stages=4, has_tma=True),
+    L(256, 128, num_warps=8, num_stages=3, has_tma=True),
+    L(256, 128, num_warps=8, num_stages=2, has_tma=True),
+    L(256, 64, num_warps=8, num_stages=3, has_tma=True),
+    L(256, 64, num_warps=4, num_stages=3, has_tma=True),
+    L(256, 64, num_warps=8, num_stages=3, has_tma=True, programs=2),
+]
 LARGE = [
     *(L(128, 128, 128, 4, 3, has_tma=True, span=span) for span in (8, 16)),
     L(128, 256, 128, 8, 4, has_tma=True),
-    L(256, 128, 128, 8, 3, has_tma=True),
     *(L(256, 128, 128, 8, 4, has_tma=True, span=span) for span in (4, 8, 16)),
-    L(128, 128, 128, 4, 3),
-    L(128, 128, 64, 4, 4),
+    L(256, 128, 256, 8, 2, has_tma=True),
+    *(L(256, 128, 128, 8, stages, has_tma=True, walks=True) for stages in (3, 4)),
+    L(256, 128, 128, 8, 4, has_tma=True, walks=True, span=16),
+    L(128, 256, 128, 8, 4, has_tma=True, walks=True),
+    L(128, 128, 128, 4, 3, has_tma=True, walks=True, programs=2),
+    L(128, 128, 128, 8, 4, has_tma=True, walks=True),
 ]
+# Within the 99 KiB of RTX cards, of which those of 48 KiB leave room for a second program there.
+LARGE_MMA_SYNC = [
+    L(128, 128, 128, 4, 3),
+    L(128, 128, 64, 4, 3),
+    L(128, 128, 64, 4, 4),
+    L(128, 128, 128, 8, 3),
+    L(128, 256, 64, 8, 3),
+    L(256, 128, 64, 8, 3),
+    L(128, 128, 128, 4, 3, has_tma=True),
+    L(128, 128, 64, 4, 3, has_tma=True),
+    L(128, 256, 64, 8, 3, has_tma=True),
+    L(128, 128, 64, 4, 3, has_tma=True, walks=True, programs=2),
+]
+if not HAS_MMA_V3:
+    LARGE = LARGE_MMA_SYNC
 Classes = dict[int, list[L]]
 KINDS: dict[str, Classes] = {
     "int8": {16: SMALL, 64: MIDDLE, 128: MIDDLE + WIDE, 256: MIDDLE + WIDE, 512: WIDE, 1_024: WIDE},
-    "bf16": {16: SMALL, 64: MIDDLE, 128: MIDDLE + WIDE[:5], 256: MIDDLE + WIDE[:5]},
-    "scratch": {2_048: LARGE, 4_096: LARGE, 8_192: LARGE},
+    "bf16": {16: SMALL, 64: MIDDLE, 128: MIDDLE[:6] + TALL, 256: MIDDLE[:3] + TALL, 512: TALL},
+    "scratch": {2_048: LARGE, 8_192: LARGE},
+    "swiglu": {2_048: LARGE, 8_192: LARGE},
 }
 if DRY:
     KINDS = {kind: {17: [L(16, 32, num_stages=2), L(32, 32, num_stages=2, has_tma=True)]} for kind in KINDS}
+BY_SCRATCH = ("scratch", "swiglu")
+ROUNDS = 1 if DRY else 3  # settings take turns, since the card's clock falls under load
 
 
 def selected(arguments: argparse.Namespace) -> dict[str, Classes]:
-    """The kinds and numbers of rows that were asked for; without wgmma, the settings without the copy engine."""
+    """The kinds and numbers of rows that were asked for; without wgmma, no int4 settings with the copy engine."""
     only = [one for one in arguments.only.split(",") if one in KINDS] if arguments.only else list(KINDS)
     rows = {int(one) for one in arguments.rows.split(",")} if arguments.rows else None
     return {
         kind: {
-            num_rows: [one for one in launches if HAS_MMA_V3 or not one.has_tma]
+            num_rows: [one for one in launches if HAS_MMA_V3 or kind in BY_SCRATCH or not one.has_tma]
             for num_rows, launches in KINDS[kind].items()
             if rows is None or num_rows in rows
         }
@@ -112,15 +146,22 @@ def selected(arguments: argparse.Namespace) -> dict[str, Classes]:
 
 def call_of(kind: str, x: Tensor, weight: Int4Weight, scratch: Int4Scratch, launch: L) -> Callable[[], Tensor]:
     """One GEMM with given settings; activations and scratch are made before."""
-    out = torch.full((len(x), weight.words.shape[0]), math.nan, dtype=torch.bfloat16, device=DEVICE)
-    if kind == "scratch":
+    num_out, num_in = weight.shape
+    out = torch.full((len(x), num_out), math.nan, dtype=torch.bfloat16, device=DEVICE)
+    if kind in BY_SCRATCH:
         codes = quantize_rows(x)
-        num_out, num_in = weight.words.shape[0], weight.words.shape[1] * 8
         w8 = scratch.weights[: num_out * num_in].view(torch.int8).view(num_out, num_in)
-        decode_int8(weight, w8)
+        if kind == "scratch":
+            decode_int8(weight, w8)
+            if DRY:
+                return lambda: int8_gemm(codes, w8, weight.row_scales, out)
+            return lambda: int8_gemm_triton(codes, w8, weight.row_scales, out, None, launch)
+        half = num_out // 2
+        decode_int8(weight.part(slice(0, half)), w8[0::2])
+        decode_int8(weight.part(slice(half, num_out)), w8[1::2])
         if DRY:
-            return lambda: int8_gemm(codes, w8, weight.row_scales, out)
-        return lambda: int8_gemm_triton(codes, w8, weight.row_scales, out, None, launch)
+            return lambda: int8_swiglu(codes, w8, weight.row_scales, out[:, :half])
+        return lambda: int8_swiglu_triton(codes, w8, weight.row_scales, out[:, :half], launch)
     prepared = prepare(x, "fused_int8" if kind == "int8" else "fused_bf16")
     if DRY:
         return lambda: int4_gemm(prepared, weight, out, scratch.split)
@@ -135,8 +176,18 @@ def compile_share(searches: dict[str, Classes], index: int, count: int) -> None:
                    for launches in classes.values() for one in launches}.items())  # fmt: skip
     for _, (kind, launch) in jobs[index::count]:
         for weight, num_rows in ((few, launch.rows), (many, 8 * launch.rows)):
-            x = torch.randn(num_rows if kind != "scratch" else 512, weight.words.shape[1] * 8, device=DEVICE).bfloat16()
-            attempt(f"compiling {kind} {launch}", call_of(kind, x, weight, scratch, launch))
+            if kind not in BY_SCRATCH or weight is many:
+                x = torch.randn(num_rows, weight.shape[1], device=DEVICE).bfloat16()
+                attempt(f"compiling {kind} {launch}", call_of(kind, x, weight, scratch, launch))
+
+
+def exact_of(kind: str, x: Tensor, weight: Int4Weight, some: Tensor) -> Tensor:
+    """What some outputs should be, in float64."""
+    if kind == "swiglu":
+        gate = int4_gemm_definition(prepare(x, "fused_int8"), part_of(weight, some)).bfloat16()
+        up = int4_gemm_definition(prepare(x, "fused_int8"), part_of(weight, some + weight.shape[0] // 2)).bfloat16()
+        return swiglu_definition(gate, up)
+    return int4_gemm_definition(prepare(x, "fused_bf16" if kind == "bf16" else "fused_int8"), part_of(weight, some))
 
 
 def tune_class(
@@ -144,33 +195,64 @@ def tune_class(
 ) -> L | None:
     """Time every setting on one shape; the fastest that is right."""
     weight = random_weight(*SHAPES[shape], 3)
-    copies = copies_of(weight) if kind != "scratch" and num_rows <= 512 else [weight]
+    copies = copies_of(weight) if kind not in BY_SCRATCH and num_rows <= 512 else [weight]
     x = torch.randn(num_rows, SHAPES[shape][1], device=DEVICE).bfloat16()
-    some = torch.randperm(SHAPES[shape][0], device=DEVICE)[:256]
-    exact = int4_gemm_definition(prepare(x, "fused_bf16" if kind == "bf16" else "fused_int8"), part_of(weight, some))
-    found: list[tuple[float, L]] = []
+    some = torch.randperm(SHAPES[shape][0] // (2 if kind == "swiglu" else 1), device=DEVICE)[:256]
+    exact = exact_of(kind, x, weight, some)
+    times: dict[str, list[float]] = {}
 
     def measure(launch: L) -> None:
-        error = relative_error(call_of(kind, x, weight, scratch, launch)()[:, some], exact)
-        if not error < LARGEST_ERROR:
-            print(f"WRONG {kind} {shape} {num_rows} {launch}: relative error {error:.4f}", flush=True)
-            return
-        microseconds = clock.time([call_of(kind, x, one, scratch, launch) for one in copies]).median_us
-        found.append((microseconds, launch))
-        report.rows.append({"section": "tune", "kind": kind, "shape": shape, "rows": num_rows, "us": microseconds,
-                            "launch": asdict(launch), "mma_sync": not HAS_MMA_V3})  # fmt: skip
+        if str(launch) not in times:
+            error = relative_error(call_of(kind, x, weight, scratch, launch)()[:, some], exact)
+            if not error < LARGEST_ERROR:
+                print(f"WRONG {kind} {shape} {num_rows} {launch}: relative error {error:.4f}", flush=True)
+                raise ValueError("wrong")
+        timing = clock.time([call_of(kind, x, one, scratch, launch) for one in copies])
+        times.setdefault(str(launch), []).append(timing.median_us)
 
-    for launch in launches:
+    usable = launches
+    for _ in range(ROUNDS):
         if report.left() > 0:
-            attempt(f"{kind} {shape} {num_rows} {launch}", lambda launch=launch: measure(launch))
+            usable = [one for one in usable if attempt(f"{kind} {shape} {num_rows} {one}", partial(measure, one))]
+    timed = [one for one in usable if str(one) in times]
+    found = sorted(((statistics.median(times[str(one)]), one) for one in timed), key=lambda pair: pair[0])
+    for microseconds, one in found:
+        report.rows.append({"section": "tune", "kind": kind, "shape": shape, "rows": num_rows, "us": microseconds,
+                            "all_us": times[str(one)], "launch": asdict(one), "mma_sync": not HAS_MMA_V3})  # fmt: skip
     if not found:
         return None
-    found.sort(key=lambda pair: pair[0])
     rate = 2e-6 * num_rows * math.prod(SHAPES[shape]) / found[0][0]
     print(f"{kind} {num_rows} {CLASSES[shape]}: {found[0][0]:.1f} us {rate:.0f} TFLOP/s", flush=True)
-    for microseconds, launch in found[:4]:
+    for microseconds, launch in found[:5]:
         print(f"    {microseconds / found[0][0]:.3f} {written(launch)}", flush=True)
     return found[0][1]
+
+
+def tune_pieces(clock: Clock, report: Report, num_rows: int) -> None:
+    """The first half of an MLP, unpacking and quantizing included: products written or gated on the way, and a scratch
+    for all of the matrix or for pieces that the L2 cache may hold."""
+    num_out, num_in = SHAPES["gate_up"]
+    weight = random_weight(num_out, num_in, 3)
+    x = quantize_rows(torch.randn(num_rows, num_in, device=DEVICE).bfloat16())
+    both = torch.empty(num_rows, num_out, dtype=torch.bfloat16, device=DEVICE)
+
+    def written(scratch: Int4Scratch) -> object:
+        return swiglu_quantize(*int4_matmul(x, weight, "scratch_int8", scratch, both).chunk(2, dim=1))
+
+    def gated(scratch: Int4Scratch) -> object:
+        return quantize_rows(int4_swiglu(x, weight, scratch, both[:, : num_out // 2]))
+
+    calls = {}
+    for mebibytes in (24, 32, 64, 128):
+        scratch = new_scratch(DEVICE, min(mebibytes << 20, num_out * num_in), "int8")
+        calls |= {f"{one.__name__}, {mebibytes} MiB": partial(one, scratch) for one in (written, gated)}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            attempt(name, lambda name=name, call=call: times[name].append(clock.time([call]).median_us))
+    for name, found in times.items():
+        if found:
+            report.add("pieces", what=name, rows=num_rows, us=statistics.median(found), spread=max(found) - min(found))
 
 
 def tune_quantizers(clock: Clock, report: Report) -> None:
@@ -197,7 +279,7 @@ def tune_quantizers(clock: Clock, report: Report) -> None:
 
 def written(launch: L) -> str:
     """A setting as it stands in a table."""
-    values = {"has_tma": launch.has_tma, "programs": launch.programs, "span": launch.span}
+    values = {name: getattr(launch, name) for name in ("has_tma", "programs", "span", "walks")}
     plain = L(launch.rows, launch.columns)
     more = "".join(f", {name}={value}" for name, value in values.items() if value != getattr(plain, name))
     shape = f"{launch.rows}, {launch.columns}, {launch.depth}, {launch.num_warps}, {launch.num_stages}"
@@ -208,7 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=200)
     parser.add_argument("--out", type=Path, default=Path("tune.json"))
-    parser.add_argument("--only", help=f"of {','.join(KINDS)},quantize")
+    parser.add_argument("--only", help=f"of {','.join(KINDS)},pieces,quantize")
     parser.add_argument("--rows", help="such as 64,256")
     parser.add_argument("--dry", action="store_true", help="without a card, tiny shapes")
     parser.add_argument("--share", nargs=2, type=int, help=argparse.SUPPRESS)
@@ -227,11 +309,14 @@ def main() -> None:
         in_processes(__file__, report.left() / 2, chosen)
     if not arguments.only or "quantize" in arguments.only:
         tune_quantizers(clock, report)
+    if not arguments.only or "pieces" in arguments.only:
+        for num_rows in (17,) if DRY else (2_048, 8_192):
+            tune_pieces(clock, report, num_rows)
     scratch = new_scratch(DEVICE, math.prod(SHAPES["gate_up"]), "bf16")
     for kind, classes in searches.items():
         for num_rows, launches in classes.items():
             best = {CLASSES[shape]: tune_class(clock, report, kind, num_rows, shape, launches, scratch)
-                    for shape in CLASSES}  # fmt: skip
+                    for shape in CLASSES if kind != "swiglu" or shape == "gate_up"}  # fmt: skip
             settings = ", ".join(f"{name}={written(one)}" for name, one in best.items() if one is not None)
             print(f"{kind}: ({num_rows}, PerShape({settings}))", flush=True)
             report.save()

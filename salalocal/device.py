@@ -48,7 +48,8 @@ def device_memory(device: torch.device) -> DeviceMemory:
     """Total and free bytes of a device at this moment."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return DeviceMemory(total, free)
+        allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))  # all, unless the process is capped
+        return DeviceMemory(allowed, max(0, min(free, allowed - torch.cuda.memory_reserved(device))))
     if sys.platform == "win32":
         return _windows_memory()
     machine = _machine_memory()

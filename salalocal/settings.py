@@ -88,7 +88,7 @@ def _tokens(value: object) -> int:
 class Settings:
     """The effective settings of one run; `origins` says where each value came from.
 
-    A value of None means that the room concerned chooses (device, dtype, chunk_size, max_tokens, ctx).
+    A value of None means that the room concerned chooses (device, dtype, chunk_size, math, kv_cache, max_tokens, ctx).
     """
 
     model: str = "builtin"
@@ -96,6 +96,8 @@ class Settings:
     dtype: str | None = None
     ctx: int | None = None
     chunk_size: int | None = None
+    math: str | None = None
+    kv_cache: str | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -116,6 +118,8 @@ READERS: dict[str, Callable[[object], Any]] = {
     "dtype": _text,
     "ctx": _context,
     "chunk_size": _tokens,
+    "math": _text,
+    "kv_cache": _text,
     "temperature": _real,
     "top_p": _real,
     "top_k": _whole,
@@ -191,6 +195,11 @@ def settings_path(environ: Mapping[str, str]) -> Path:
 def state_folder() -> Path:
     """Where histories and logs live (not created here)."""
     return platformdirs.user_state_path(APPLICATION, appauthor=False)
+
+
+def models_folder() -> Path:
+    """Where quantized models go unless told otherwise (not created here)."""
+    return platformdirs.user_data_path(APPLICATION, appauthor=False) / "models"
 
 
 def is_debugging(environ: Mapping[str, str] | None = None) -> bool:

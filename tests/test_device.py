@@ -74,3 +74,12 @@ def test_the_peak_grows_with_what_a_process_takes() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert 150_000_000 < int(done.stdout) < 300_000_000
     assert peak_memory_bytes(torch.device("cpu")) > 2**25
+
+
+def test_a_process_that_is_held_to_less_of_a_card_sees_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5)
+    for fraction, expected in ((1.0, DeviceMemory(80, 70)), (0.5, DeviceMemory(40, 35)), (0.05, DeviceMemory(4, 0))):
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device, share=fraction: share)
+        assert device_memory(card) == expected

@@ -7,6 +7,7 @@ A folder may hold several forms of one model, as the hub has them: next to `conf
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,19 +82,28 @@ def read_headers(place: Path | ModelFolder) -> list[Header]:
 def _weight_map(path: Path) -> dict[str, str]:
     where = one_line(path, 160)
     index = read_json_file(path, MAX_INDEX_BYTES)
+    shard_names(index, where)
+    return dict(index["weight_map"])  # type: ignore[call-overload, no-any-return]
+
+
+def shard_names(index: Mapping[str, object], where: str) -> list[str]:
+    """The files that a parsed index names; `where` begins the error line.
+
+    Raises: CheckpointError for what is no index, names that are not plain, too many, or alike but for their case.
+    """
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{where}: weight_map should be an object that names a file for every tensor")
-    files: set[object] = set()
+    files: set[str] = set()
     for file in weight_map.values():
         if not isinstance(file, str) or not _is_plain_shard_name(file):
             raise CheckpointError(f"{where}: '{one_line(file)}' is not a plain name of a .safetensors file")
         files.add(file)
     if len(files) > MAX_SHARDS:
         raise CheckpointError(f"{where}: {len(files):,} files, the limit is {MAX_SHARDS:,}")
-    if len({str(file).casefold() for file in files}) < len(files):
+    if len({file.casefold() for file in files}) < len(files):
         raise CheckpointError(f"{where}: file names that differ in upper and lower case only")
-    return weight_map
+    return sorted(files)
 
 
 def _is_plain_shard_name(name: str) -> bool:

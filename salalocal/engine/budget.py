@@ -4,11 +4,11 @@ refusals.
 No torch and no device here. Source of the figures: specification of MiniCPM-SALA, sections 14 and 15.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from math import prod
+from typing import Any, Literal
 
 from salalocal.checkpoint.names import expected_tensors
 from salalocal.errors import CheckpointError, MemoryBudgetError, RequestError
@@ -16,23 +16,29 @@ from salalocal.model.config import LIGHTNING, SPARSE, SalaConfig
 
 # A CUDA context with the libraries that torch loads into it; about this much on cards from sm_80 to sm_120.
 CUDA_DRIVER_BYTES = 512 * 2**20
+CUDA_CHUNKS = (8192, 4096, 2048, 1024)
+_SMALL_CARD_BYTES = 12 * 2**30
 MAX_CONTEXT_TOKENS = 2**31
 
 # What the attention kernels hold at once, whatever the context: unmerged outputs of picked blocks, and tiles of scores.
 _MAX_PARTIAL_VALUES = 2**23
 _TILE_BYTES = 32 * 2**20
+_LIGHTNING_CHUNK = 128  # tokens between the states that a prefill leaves
+_MAX_SCRATCH_BYTES = 256 * 2**20  # see `kernels.int4.route`
+_GEMM_SCRATCH_BYTES = 32 * 2**20  # partial sums of products of few and of some rows
 
 _GROUP = 128
-_PACKED_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_PACKED_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "o_gate", "z_proj", "gate_proj", "up_proj", "down_proj")
 _CODEBOOK_BLOCK = 64
-_GATES = ("o_gate", "z_proj")
+
+Math = Literal["bf16", "int8", "fp8"]
 
 
 class WeightFormat(Enum):
     """How weights are stored.
 
-    Where there is no folder to count, `INT8` and `INT4` are GPTQ v1 with groups of 128 in the attention and MLP
-    projections and bf16 elsewhere, `NF4` and `FP4` bitsandbytes with blocks of 64 in the gates too.
+    Where there is no folder to count, they are what `salalocal quantize` writes: every linear map of the layers, gates
+    too, in groups of 128 (`INT8`, `INT4`: GPTQ v1) or in blocks of 64 (`NF4`, `FP4`: bitsandbytes), and bf16 elsewhere.
     """
 
     BF16 = "bf16"
@@ -90,7 +96,8 @@ class StoredWeights:
 class PlanOptions:
     """What besides the model and the context decides about memory. Units: chunk_size in tokens.
 
-    `stored` is what a quantized folder holds, if there is one; other weights are counted by formula.
+    `math`: what many rows are multiplied in on a card. `stored` is what a quantized folder holds, if there is one;
+    other weights are counted by formula.
     """
 
     weights: WeightFormat = WeightFormat.BF16
@@ -98,6 +105,13 @@ class PlanOptions:
     chunk_size: int = 512
     is_cuda: bool = True
     stored: StoredWeights | None = None
+    math: Math = "int8"
+    is_embedding_on_host: bool = False
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the kernels for cards run: in bf16, whatever the weights are stored in."""
+        return self.is_cuda and self.weights not in (WeightFormat.FP16, WeightFormat.FP32)
 
 
 @dataclass(frozen=True)
@@ -167,12 +181,34 @@ def plan_memory(config: SalaConfig, num_tokens: int, options: PlanOptions | None
     )
 
 
+def fitted(
+    config: SalaConfig, num_tokens: int, memory_bytes: int, options: PlanOptions, chunk_size: int | None = None
+) -> PlanOptions:
+    """The options with the largest chunk that fits into `memory_bytes`, and the embedding table where there is room.
+
+    A larger chunk reads faster; small cards keep the table in host memory. `chunk_size` is kept if given, and on a
+    CPU. If nothing fits, the smallest.
+    """
+    if not options.is_fused:
+        return options if chunk_size is None else replace(options, chunk_size=chunk_size)
+    chunks = CUDA_CHUNKS if chunk_size is None else (chunk_size,)
+    places = (False, True) if memory_bytes >= _SMALL_CARD_BYTES else (True,)
+    if config.tie_word_embeddings:
+        places = (False,)
+    choices = [
+        replace(options, chunk_size=chunk, is_embedding_on_host=on_host) for on_host in places for chunk in chunks
+    ]
+    fitting = (choice for choice in choices if plan_memory(config, num_tokens, choice).total_bytes <= memory_bytes)
+    return next(fitting, choices[-1])
+
+
 def longest_context(config: SalaConfig, memory_bytes: int, options: PlanOptions | None = None) -> int:
     """The largest number of tokens whose plan fits into `memory_bytes`; 0 if not even the weights fit."""
     fits, too_many = 0, MAX_CONTEXT_TOKENS + 1
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        if plan_memory(config, middle, options).total_bytes <= memory_bytes:
+        choice = fitted(config, middle, memory_bytes, options or PlanOptions())
+        if plan_memory(config, middle, choice).total_bytes <= memory_bytes:
             fits = middle
         else:
             too_many = middle
@@ -207,17 +243,24 @@ def weight_bytes(config: SalaConfig, weights: WeightFormat) -> int:
 
 
 def _weight_bytes(config: SalaConfig, options: PlanOptions) -> int:
-    if options.stored is not None and options.weights is options.stored.weights:
-        return options.stored.num_bytes
-    return weight_bytes(config, options.weights)
+    is_stored = options.stored is not None and options.weights is options.stored.weights
+    num_bytes = options.stored.num_bytes if options.stored and is_stored else weight_bytes(config, options.weights)
+    if options.is_fused and options.weights in (WeightFormat.INT4, WeightFormat.INT8):
+        num_bytes += _folded_scale_bytes(config)
+    return num_bytes - (2 * config.vocab_size * config.hidden_size if options.is_embedding_on_host else 0)
+
+
+def _folded_scale_bytes(config: SalaConfig) -> int:
+    """Two fp32 numbers for every output feature of the packed maps, see `kernels.int4.scratch`."""
+    shapes = expected_tensors(config).items()
+    return sum(8 * shape[0] for name, shape in shapes if name.split(".")[-2] in _PACKED_MODULES)
 
 
 def _quantized_bytes(name: str, shape: tuple[int, ...], weights: WeightFormat) -> int:
-    module, count = name.split(".")[-2], math.prod(shape)
-    has_codebook = weights in (WeightFormat.NF4, WeightFormat.FP4)
-    if module not in _PACKED_MODULES and not (has_codebook and module in _GATES):
+    module, count = name.split(".")[-2], prod(shape)
+    if module not in _PACKED_MODULES:
         return 2 * count
-    if has_codebook:
+    if weights in (WeightFormat.NF4, WeightFormat.FP4):
         return count // 2 + 4 * -(-count // _CODEBOOK_BLOCK)
     num_out, num_in = shape
     groups, bits = -(-num_in // _GROUP), 8 if weights is WeightFormat.INT8 else 4
@@ -241,6 +284,8 @@ def _lightning_bytes(config: SalaConfig) -> int:
 def _activation_bytes(config: SalaConfig, num_tokens: int, options: PlanOptions) -> int:
     """The largest set of temporary tensors: the residual stream, and the MLP or one mixer, whichever is larger."""
     rows = min(options.chunk_size, max(1, num_tokens))
+    if options.is_fused:
+        return _fused_work_bytes(config, rows, options)
     # The cache is in the dtype of the activations, unless it is quantized.
     item = 4 if options.weights is WeightFormat.FP32 or options.cache is CacheFormat.FP32 else 2
     mixers = {
@@ -267,3 +312,33 @@ def _sparse_work_bytes(config: SalaConfig, num_tokens: int, rows: int, item: int
     parts = 2 * 4 * min(rows * num_picked * width // sparse.num_key_value_heads, _MAX_PARTIAL_VALUES)
     pooled = 4 * sparse.num_key_value_heads * sparse.head_dim * (num_tokens // sparse.kernel_stride)
     return rows * width * (5 * item + 2 * 4) + parts + pooled + _TILE_BYTES
+
+
+def _fused_work_bytes(config: SalaConfig, rows: int, options: PlanOptions) -> int:
+    """A chunk in `engine.fused`: hidden states in bf16, what a product takes in one byte a number, or two."""
+    item = 2 if options.math == "bf16" else 1
+    hidden, inner = config.hidden_size, config.intermediate_size
+    lightning, sparse = config.lightning, config.sparse
+    width = lightning.num_heads * lightning.head_dim
+    # q, k, v, gate, turned keys, outputs, what o_proj takes; a state for every 128 tokens, and the new one.
+    states = (2 * -(-rows // _LIGHTNING_CHUNK) + 4) * lightning.num_heads * lightning.head_dim**2
+    mixers = [rows * width * (2 * 6 + item) + states]
+    sparse_width = sparse.num_attention_heads * sparse.head_dim
+    kv_width = sparse.num_key_value_heads * sparse.head_dim
+    num_picks = sparse.topk + sparse.window_size // sparse.block_size
+    mixers.append(
+        rows * (2 * (3 * sparse_width + 2 * kv_width) + item * sparse_width)
+        + 8 * rows * num_picks * sparse.num_key_value_heads
+        + _TILE_BYTES
+    )
+    mlp = rows * inner * (4 + item)
+    # The residual stream, and the last hidden states of this chunk and of the one before.
+    stream = 3 * 2 * rows * hidden
+    largest = max(hidden * inner, _largest_packed(config))
+    scratch = min(largest * (2 if options.math == "bf16" else 1), _MAX_SCRATCH_BYTES) + _GEMM_SCRATCH_BYTES
+    return stream + max(mlp, *mixers) + scratch
+
+
+def _largest_packed(config: SalaConfig) -> int:
+    shapes = expected_tensors(config).items()
+    return max(prod(shape) for name, shape in shapes if name.split(".")[-2] in _PACKED_MODULES)

@@ -4,20 +4,25 @@ It knows no text, no files and no network. It owns the model, keeps no state of 
 run two calls at once.
 """
 
+import logging
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from salalocal.device import device_memory
-from salalocal.engine.prefill import CancelCheck, ProgressCallback, as_ids, read_chunks
+from salalocal.engine.fused.decoder import Decoder
+from salalocal.engine.fused.model import FusedModel, why_not_fused
+from salalocal.engine.prefill import CancelCheck, Forward, ProgressCallback, as_ids, read_chunks
 from salalocal.engine.sampling import RepetitionGuard, Sampler, check_finite
 from salalocal.engine.sampling_params import SamplingParams
 from salalocal.errors import MemoryBudgetError, RequestError
 from salalocal.model.sala import SalaModel, SwitchRule
 from salalocal.model.state import ModelState
+
+_LOG = logging.getLogger(__name__)
 
 EndReason = Literal["stop", "length", "repetition", "cancelled"]
 
@@ -26,9 +31,13 @@ _LOGIT_ROWS = 256  # rows of logits computed at once: 75 MB for a vocabulary of 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How a model is run. Units: chunk_size in tokens, how many a prefill feeds at once."""
+    """How a model is run. Units: chunk_size in tokens, how many a prefill feeds at once.
+
+    `is_cache_int8`: keys and values are cached in 8 bits.
+    """
 
     chunk_size: int = 512
+    is_cache_int8: bool = False
 
     def __post_init__(self) -> None:
         if type(self.chunk_size) is not int or self.chunk_size < 1:
@@ -41,6 +50,11 @@ class Engine:
     def __init__(self, model: SalaModel, config: EngineConfig | None = None) -> None:
         self.model = model.eval()
         self.config = config or EngineConfig()
+        why = why_not_fused(model)
+        if why and model.device.type == "cuda":
+            _LOG.warning("the model runs module by module, which is slow: %s", why)
+        self._fused = None if why else FusedModel(model)
+        self._forward: Forward = self._fused or model
 
     @property
     def device(self) -> torch.device:
@@ -55,7 +69,7 @@ class Engine:
         Units: capacity and prompt_tokens in tokens; room for `capacity` of them is made at once, more comes as needed.
         """
         with torch.inference_mode():
-            return self.model.new_state(1, capacity, switch, prompt_tokens)
+            return self.model.new_state(1, capacity, switch, prompt_tokens, self.config.is_cache_int8)
 
     def prefill(
         self,
@@ -77,7 +91,7 @@ class Engine:
         first_position, end = state.num_tokens, state.num_tokens + tokens.numel()
         last = None
         with torch.inference_mode():
-            for hidden in read_chunks(self.model, tokens, state, self.config.chunk_size, is_cancelled):
+            for hidden in read_chunks(self._forward, tokens, state, self.config.chunk_size, is_cancelled):
                 last = hidden[:, -1:]
                 if on_progress is not None:
                     on_progress(state.num_tokens - first_position, tokens.numel())
@@ -125,10 +139,10 @@ class Engine:
 
         Shapes: ids [T] -> fp32 [R, V] each, R <= 256.
         """
-        config = self.config if chunk_size is None else EngineConfig(chunk_size)
+        config = self.config if chunk_size is None else replace(self.config, chunk_size=chunk_size)
         tokens = as_ids(ids, self.model.config.vocab_size, self.device)
         state = self.new_state(tokens.numel(), switch, tokens.numel())
-        chunks = read_chunks(self.model, tokens, state, config.chunk_size)
+        chunks = read_chunks(self._forward, tokens, state, config.chunk_size)
         while state.num_tokens < tokens.numel():
             with torch.inference_mode():  # not around a yield: the caller's own work must not fall under it
                 hidden = next(chunks)
@@ -154,10 +168,24 @@ class Engine:
         check_finite(logits, "logits")
         return logits
 
-    def _step(self, token: int, state: ModelState) -> Tensor:
+    def _decoder(self, state: ModelState, sampler: Sampler, max_tokens: int) -> "Decoder | _ModuleDecoder":
+        if self._fused is None:
+            return _ModuleDecoder(self, state, sampler)
+        return Decoder(self._fused, state, sampler, max_tokens)
+
+
+class _ModuleDecoder:
+    """Feeds tokens into a state and draws the next ones, module by module."""
+
+    def __init__(self, engine: Engine, state: ModelState, sampler: Sampler) -> None:
+        self._engine, self._state, self._sampler = engine, state, sampler
+
+    def next_token(self, token: int) -> int:
+        """Feed `token` and draw the one behind it. Raises: NumericError."""
         with torch.inference_mode():
-            hidden = self.model(torch.tensor([[token]], device=self.device), state)
-            return self._last_logits(hidden)
+            hidden = self._engine.model(torch.tensor([[token]], device=self._engine.device), self._state)
+            logits = self._engine._last_logits(hidden)
+        return self._sampler.sample(logits)
 
 
 class Generation(Iterator[int]):
@@ -189,13 +217,12 @@ class Generation(Iterator[int]):
     ) -> None:
         self.ids: list[int] = []
         self.reason: EndReason | None = None
-        self._engine = engine
-        self._state = state
         self._logits = logits
         self._params = params
         self._stop_ids = stop_ids
         self._is_cancelled = is_cancelled
         self._sampler = Sampler(params)
+        self._decoder = engine._decoder(state, self._sampler, params.max_tokens)
         self._guard = RepetitionGuard()
 
     def __iter__(self) -> "Generation":
@@ -206,9 +233,7 @@ class Generation(Iterator[int]):
             self.reason = "cancelled"
         if self.reason is not None:
             raise StopIteration
-        if self.ids:
-            self._logits = self._engine._step(self.ids[-1], self._state)
-        token = self._sampler.sample(self._logits)
+        token = self._decoder.next_token(self.ids[-1]) if self.ids else self._sampler.sample(self._logits)
         self.ids.append(token)
         self.reason = self._end_after(token)
         return token

@@ -6,17 +6,20 @@ folder holds quantized stays quantized.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from salalocal.checkpoint.checkpoint import Checkpoint
+from salalocal.checkpoint.names import EMBEDDING
 from salalocal.device import device_memory
 from salalocal.errors import MemoryBudgetError
+from salalocal.kernels.int4.route import Math
 from salalocal.model.sala import SalaModel
 from salalocal.quant import weight_layout
 from salalocal.quant.layout import WeightLayout
-from salalocal.quant.linear import QuantizedLinearFactory, quantized_bytes
+from salalocal.quant.linear import DEFAULT_MATH, QuantizedLinearFactory, quantized_bytes
 
 # Up to here a CPU computes in float32, which is several times faster there than bfloat16 for more than a few rows.
 MAX_DEFAULT_FLOAT32_BYTES = 4 * 2**30
@@ -30,7 +33,20 @@ def default_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     return checkpoint.weights_dtype
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None) -> SalaModel:
+@dataclass(frozen=True)
+class Placement:
+    """How weights are used on a card: what many rows are multiplied in, and where the embedding table lies."""
+
+    math: Math = DEFAULT_MATH
+    is_embedding_on_host: bool = False
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    placement: Placement | None = None,
+) -> SalaModel:
     """A model for inference with the weights of a checkpoint, in `dtype` or the default one of the device.
 
     Raises: CheckpointError if the checkpoint does not hold exactly this model; MemoryBudgetError if it cannot fit.
@@ -38,9 +54,14 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype 
     layout = weight_layout(checkpoint)
     dtype = dtype or default_dtype(checkpoint, device)
     _check_memory(checkpoint, layout, device, dtype)
-    model = SalaModel(checkpoint.config, QuantizedLinearFactory(layout, device, dtype), device="meta", dtype=dtype)
+    placement = placement or Placement()
+    factory = QuantizedLinearFactory(layout, device, dtype, placement.math)
+    model = SalaModel(checkpoint.config, factory, device="meta", dtype=dtype)
     for name in layout.dense:
-        _assign(model, name, checkpoint.tensor(name).to(device=device, dtype=dtype))
+        if name == EMBEDDING and placement.is_embedding_on_host:
+            _assign(model, name, checkpoint.tensor(name).to(dtype).pin_memory())
+        else:
+            _assign(model, name, checkpoint.tensor(name).to(device=device, dtype=dtype))
     return model.eval()
 
 

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from salalocal.engine.sampling import check_finite
+from salalocal.engine.sampling import FiniteCheck
 from salalocal.errors import RequestError
-from salalocal.model.sala import SalaModel
 from salalocal.model.state import ModelState
+
+Forward = Callable[[Tensor, ModelState], Tensor]
+"""Token ids [1, C] and a state in, hidden states [1, C, H] out; the state has taken the tokens in."""
 
 ProgressCallback = Callable[[int, int], None]
 """Called after each chunk with how many of this call's tokens are read, and how many there are."""
@@ -32,22 +34,33 @@ def chunk_ends(first_position: int, num_tokens: int, chunk_size: int) -> Iterato
 
 
 def read_chunks(
-    model: SalaModel, ids: Tensor, state: ModelState, chunk_size: int, is_cancelled: CancelCheck | None = None
+    forward: Forward, ids: Tensor, state: ModelState, chunk_size: int, is_cancelled: CancelCheck | None = None
 ) -> Iterator[Tensor]:
     """Feeds `ids` and yields the last hidden states of each chunk, which the state then holds.
 
     A cancel is asked for before each chunk and ends the iterator; the state stays good for the tokens it says it holds.
+    A device is given one chunk while it works on the one before, so that it never waits; a chunk is checked when the
+    next one is under way, the last one before it is yielded.
     Shapes: ids [T] -> [1, C, H] each.
     Raises: NumericError if hidden states are NaN or infinite; the state is spoiled then and must be dropped.
     """
     first_position = start = state.num_tokens
+    last_end = first_position + ids.numel()
+    unchecked: FiniteCheck | None = None
     for end in chunk_ends(first_position, ids.numel(), chunk_size):
         if is_cancelled is not None and is_cancelled():
-            return
-        hidden = model(ids[None, start - first_position : end - first_position], state)
-        check_finite(hidden, f"hidden states of tokens {start:,} to {end - 1:,}")
+            break
+        hidden = forward(ids[None, start - first_position : end - first_position], state)
+        check = FiniteCheck(hidden, f"hidden states of tokens {start:,} to {end - 1:,}")
+        if unchecked is not None:
+            unchecked.wait()
+        unchecked = check
+        if end == last_end or not hidden.is_cuda:
+            check.wait()
         yield hidden
         start = end
+    if unchecked is not None:
+        unchecked.wait()
 
 
 def as_ids(ids: Sequence[int] | Tensor, vocab_size: int, device: torch.device) -> Tensor:

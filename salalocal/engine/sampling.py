@@ -32,6 +32,15 @@ class Sampler:
         else:
             self._generator.manual_seed(params.seed)
 
+    @property
+    def params(self) -> SamplingParams:
+        """How it draws."""
+        return self._params
+
+    def uniforms(self, count: int) -> Tensor:
+        """The random numbers of the next `count` tokens, for a device that draws them. Shapes: float64 [count]."""
+        return torch.rand(count, generator=self._generator, dtype=torch.float64)
+
     def sample(self, logits: Tensor) -> int:
         """The next token.
 
@@ -74,15 +83,28 @@ def _most_probable(probabilities: Tensor, params: SamplingParams) -> Tensor:
     return kept
 
 
+class FiniteCheck:
+    """Whether values are all finite, computed where they are and asked for later; `what` names them in the error."""
+
+    def __init__(self, values: Tensor, what: str) -> None:
+        self._values, self._what = values, what
+        # A sum is finite only if all of its parts are, and costs no tensor of flags; fp64 cannot overflow from finite
+        # fp32.
+        self._sum = values.sum(dtype=torch.float64)
+
+    def wait(self) -> None:
+        """Raises NumericError if any value is NaN or infinite."""
+        if not math.isfinite(float(self._sum)):
+            num_bad = int((~torch.isfinite(self._values)).sum())
+            raise NumericError(
+                f"{self._what}: {num_bad:,} of {self._values.numel():,} numbers are NaN or infinite",
+                "nothing of this step was kept; check the model's files, or try another dtype",
+            )
+
+
 def check_finite(values: Tensor, what: str) -> None:
     """Raises NumericError if any value is NaN or infinite; `what` names them in the error."""
-    # A sum is finite only if all of its parts are, and costs no tensor of flags; fp64 cannot overflow from finite fp32.
-    if not math.isfinite(float(values.sum(dtype=torch.float64))):
-        num_bad = int((~torch.isfinite(values)).sum())
-        raise NumericError(
-            f"{what}: {num_bad:,} of {values.numel():,} numbers are NaN or infinite",
-            "nothing of this step was kept; check the model's files, or try another dtype",
-        )
+    FiniteCheck(values, what).wait()
 
 
 class RepetitionGuard:

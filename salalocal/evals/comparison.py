@@ -8,7 +8,7 @@ larger of them alone.
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -176,7 +176,7 @@ def _compare(
 
 def _open(settings: Settings, model: ModelFolder, dtype: str | torch.dtype | None, sequences: Sequences) -> Runtime:
     longest = max(map(len, sequences))
-    return open_runtime(model, str(model), LoadOptions(settings.device, dtype, settings.chunk_size, longest))
+    return open_runtime(model, str(model), replace(LoadOptions.of(settings, longest), dtype=dtype))
 
 
 def _check_same_vocabulary(original: ModelFolder, quantized: ModelFolder) -> None:

@@ -3,18 +3,25 @@
     flat[i] = absmax[i // block_size] * codebook[code[i]],   W = flat as [out, in]
 
 Blocks run along the flat matrix, over the ends of rows where a row is no whole number of blocks; the last may be
-short. Two codes lie in a byte, the first in its upper half: the order of bitsandbytes, which no other file knows.
+short. Two codes lie in a byte, the first in its upper half: the order of bitsandbytes, which no other file knows. On a
+card its kernels multiply 16-bit rows, from the same bytes, if the codebook is its own and rows hold whole blocks.
 Shapes: x [..., in], `in` even; codes uint8 [out * in / 2]; absmax float32 [blocks]; codebook float32 [16]; y [..., out]
 in the dtype of x. Source: bitsandbytes, functional.quantize_4bit; QLoRA, arXiv 2305.14314.
 """
 
+import logging
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from salalocal.kernels.backend import use_triton
 from salalocal.kernels.packed_matmul import CUDA_TILE_WEIGHTS, TILE_WEIGHTS
+
+_LOG = logging.getLogger(__name__)
+BITSANDBYTES_KINDS = ("nf4", "fp4")
 
 
 def codebook_matmul_definition(x: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int) -> Tensor:
@@ -45,9 +52,39 @@ def codebook_matmul_reference(x: Tensor, codes: Tensor, absmax: Tensor, codebook
     return y
 
 
-def codebook_matmul(x: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int) -> Tensor:
-    """What the model calls."""
+def codebook_matmul_bitsandbytes(x: Tensor, codes: Tensor, absmax: Tensor, block_size: int, kind: str) -> Tensor:
+    """The same by the kernels of bitsandbytes; `kind` names its codebook."""
+    shape = [2 * len(codes) // x.shape[-1], x.shape[-1]]
+    multiply = torch.ops.bitsandbytes.gemm_4bit.default
+    y: Tensor = multiply(x.contiguous(), codes.unsqueeze(1), shape, absmax, block_size, kind)
+    return y
+
+
+def codebook_matmul(
+    x: Tensor, codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int, kind: str = ""
+) -> Tensor:
+    """What the model calls; `kind` names the codebook if it has a name."""
+    if _takes_bitsandbytes(x, block_size, kind) and use_triton(x, codes) and _has_bitsandbytes():
+        return codebook_matmul_bitsandbytes(x, codes, absmax, block_size, kind)
     return codebook_matmul_reference(x, codes, absmax, codebook, block_size)
+
+
+def _takes_bitsandbytes(x: Tensor, block_size: int, kind: str) -> bool:
+    is_whole = x.shape[-1] % block_size == 0 and x.numel() > 0
+    return kind in BITSANDBYTES_KINDS and is_whole and x.dtype in (torch.bfloat16, torch.float16)
+
+
+@cache
+def _has_bitsandbytes() -> bool:
+    """Whether its kernels are there; without them a card dequantizes, which is slow: said once."""
+    # On some processors it warns of a missing kernel for CPUs, which is not what is asked of it here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        _LOG.warning("no GPU kernel for weights from a codebook, which are slow: bitsandbytes: %s", error)
+        return False
+    return True
 
 
 def pair_table(codebook: Tensor) -> Tensor:

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from salalocal.errors import BackendError
-from salalocal.kernels.backend import tl, triton, use_triton
-from salalocal.kernels.gate import sigmoid_gate_definition, sigmoid_gate_reference
+from salalocal.kernels.backend import HAS_INLINE_ASM, tl, triton
+from salalocal.kernels.gate import sigmoid, sigmoid_gate_definition, sigmoid_gate_reference
 from salalocal.kernels.norm import rms_norm_definition, rms_norm_reference
-from salalocal.kernels.qk_norm_rope import KERNEL_DTYPES, needs_gradient
+from salalocal.kernels.rows import are_for_kernel, check_width, rows_of
 
-MAX_CHANNELS = 32_768  # a program holds a whole row in registers
 NUM_WARPS = 8
 
 
@@ -50,6 +48,7 @@ def _gated_norm_kernel(
     EPS: tl.constexpr,
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     """One row per program; WIDTH: the channels, padded."""
     row = tl.program_id(0).to(tl.int64)
@@ -61,7 +60,7 @@ def _gated_norm_kernel(
     weight = tl.load(weight_ptr + channels, mask=is_there, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(x * x, 0) / CHANNELS + EPS)
     x = ((x * inverse).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
-    opening = (1.0 / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    opening = sigmoid(gate, FAST).to(dtype).to(tl.float32)
     tl.store(y_ptr + row * CHANNELS + channels, (x * opening).to(dtype), mask=is_there)
 
 
@@ -72,12 +71,8 @@ def gated_norm_triton(x: Tensor, gated_norm: GatedNorm) -> Tensor:
     if gate.shape != x.shape or weight.shape != (channels,) or not {gate.dtype, weight.dtype} <= {x.dtype}:
         shapes = f"gate {tuple(gate.shape)} {gate.dtype}, weight {tuple(weight.shape)} {weight.dtype}"
         raise ValueError(f"gated norm: x {tuple(x.shape)} {x.dtype}, {shapes}")
-    if channels > MAX_CHANNELS or x.dtype not in KERNEL_DTYPES:
-        raise BackendError(f"the kernel takes rows of at most {MAX_CHANNELS} channels, not {tuple(x.shape)} {x.dtype}")
-    rows, gate_rows = x.reshape(-1, channels), gate.reshape(-1, channels)
+    width, rows, gate_rows = check_width(x), rows_of(x), rows_of(gate)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if rows.stride(-1) != 1 or gate_rows.stride(-1) != 1:
-        raise BackendError(f"the kernel takes adjacent channels, not strides {x.stride()} and {gate.stride()}")
     if len(rows):
         _gated_norm_kernel[(len(rows),)](
             rows,
@@ -88,7 +83,8 @@ def gated_norm_triton(x: Tensor, gated_norm: GatedNorm) -> Tensor:
             gate_rows.stride(0),
             EPS=gated_norm.eps,
             CHANNELS=channels,
-            WIDTH=triton.next_power_of_2(channels),
+            WIDTH=width,
+            FAST=HAS_INLINE_ASM,
             num_warps=NUM_WARPS,
         )
     return y
@@ -96,6 +92,6 @@ def gated_norm_triton(x: Tensor, gated_norm: GatedNorm) -> Tensor:
 
 def gated_norm(x: Tensor, arguments: GatedNorm) -> Tensor:
     """What the model calls; gradients and float64 take the reference."""
-    if use_triton(x, arguments.gate) and x.dtype in KERNEL_DTYPES and not needs_gradient(x, arguments.weight):
+    if are_for_kernel(x, arguments.gate, arguments.weight):
         return gated_norm_triton(x, arguments)
     return gated_norm_reference(x, arguments)

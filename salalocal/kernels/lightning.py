@@ -13,7 +13,7 @@ from torch import Tensor
 
 from salalocal.kernels.backend import use_triton
 from salalocal.kernels.lightning_prefill import PREFILL_DTYPE, Recurrence, lightning_prefill_triton
-from salalocal.kernels.qk_norm_rope import needs_gradient
+from salalocal.kernels.rows import needs_gradient
 
 CHUNK_TOKENS = 64
 # So many chunks stay in a CPU's cache together; more of them at once were slower per token.

@@ -1,19 +1,22 @@
-"""Lightning attention over many tokens, in Triton: one launch, parallel over heads and chunks of the sequence.
+"""Lightning attention over many tokens, in Triton: one launch, parallel over heads and segments of the sequence.
 
 In come the heads of a prefill chunk and the state before it, out come its outputs and the state after it; for
-`lightning`, whose formula and reference this follows. With chunks of C tokens and S_n the state before chunk n:
+`lightning`, whose formula and reference this follows. Tokens are cut into segments, these into chunks of C tokens. With
+S_n the state before chunk n:
     S_(n+1) = exp(-s C) S_n + sum_j exp(-s (C - 1 - j)) k_j^T v_j
     o_i     = scale * ( exp(-s (i + 1)) q_i S_n + sum_{j <= i} exp(-s (i - j)) (q_i . k_j) v_j )
-Programs draw tickets. The first ones each carry the state of one head, VALUES of its value channels, over all chunks
-and leave behind every S_n, which is all that is serial. The others make the outputs of one chunk of one head each, in
-the order of chunks; they wait only for lower tickets, so they follow close behind and find k and v in the L2 cache.
-Precision: the carried state is fp32 and adds exp(-s ...) v_j as the sum of two bf16 numbers, good to 2^-16. What is an
-output only (scores, S_n under q) is rounded to bf16 once, as the output itself. All exponents are differences of
-positions, so nothing overflows.
-Raw queries are normed and turned on their way in. Keys are read twice, once by the programs that all wait for: they are
-turned by a launch of their own before.
-Bytes at the released shape: 32 KiB a token and layer for q, k, v and o, raw keys 16 KiB more; in the L2 cache k and v
-once more, and S_n (bf16) written and read, 16 KiB a token where C is 128.
+A program has VALUES value channels of one head in one segment, and one of two jobs:
+    sum       what the segment adds to the state, from its keys and values alone; then it waits for the state before the
+              segment, adds, and hands on the state after it: one short step a segment is all that is serial
+    outputs   waits for the state before the segment and walks over its chunks, the state in registers
+Programs draw tickets, segment by segment: the sums of one, and the outputs of the segment LAG before. They wait only
+for lower tickets; keys and values come from memory for the sum, and for the outputs soon after from the L2 cache.
+Precision: what is handed on is fp32 and adds exp(-s ...) v_j as the sum of two bf16 numbers, good to 2^-16. What ends
+in outputs only (scores, S_n under q, the v_j of a segment's own state) is rounded to bf16 once, as the output itself.
+All exponents are differences of positions, so nothing overflows.
+Raw queries are normed and turned on their way in, raw keys by the sums, which leave them turned for the outputs.
+Bytes at the released shape: 32 KiB a token and layer for q, k, v and o, turned keys 8 KiB more; in the L2 cache k and v
+once more, and states (fp32), 2 MiB written and 4 MiB read a segment.
 """
 
 from collections.abc import Sequence
@@ -31,7 +34,6 @@ from salalocal.kernels.qk_norm_rope import (
     check_norm_rope,
     cos_sin,
     rotary_frequencies,
-    turned,
     turned_rows,
 )
 
@@ -39,71 +41,10 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _carry_state(
-    k_ptr,
-    v_ptr,
-    state_ptr,
-    new_state_ptr,
-    states_ptr,
-    handed_on_ptr,
-    k_stride_t,
-    v_stride_t,
-    slope,
-    num_tokens,
-    states_stride,
-    CHUNK: tl.constexpr,
-    KEY_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUES: tl.constexpr,
-    HAS_STATE: tl.constexpr,
-):
-    """Take VALUES value channels of one head's state over all tokens; count in `handed_on` the S_n that can be read.
-
-    The next chunk's keys and values are on their way in registers meanwhile.
-    """
-    steps = tl.arange(0, CHUNK)
-    rows = steps[:, None]
-    at = tl.arange(0, KEY_DIM)[:, None] * VALUE_DIM + tl.arange(0, VALUES)[None, :]
-    if HAS_STATE:
-        state = tl.load(state_ptr + at)
-    else:
-        state = tl.zeros((KEY_DIM, VALUES), tl.float32)
-    k_at = rows * k_stride_t + tl.arange(0, KEY_DIM)[None, :]
-    v_at = rows * v_stride_t + tl.arange(0, VALUES)[None, :]
-    k = tl.load(k_ptr + k_at, mask=rows < num_tokens, other=0.0)
-    v = tl.load(v_ptr + v_at, mask=rows < num_tokens, other=0.0)
-    num_chunks = tl.cdiv(num_tokens, CHUNK)
-    for index in range(num_chunks):
-        left = num_tokens - index * CHUNK
-        count = tl.minimum(left, CHUNK)
-        decay = tl.exp2(-slope * tl.maximum(count - 1 - steps, 0).to(tl.float32))
-        values = v.to(tl.float32) * decay[:, None]
-        rounded = values.to(k.dtype)
-        rest = (values - rounded.to(tl.float32)).to(k.dtype)
-        keys = tl.trans(k)
-        # One chunk late: by now the stores have long arrived, and the release waits for nothing.
-        if index > 0:
-            tl.debug_barrier()
-            tl.atomic_xchg(handed_on_ptr, index, sem="release")
-        k_ptr += CHUNK * k_stride_t
-        v_ptr += CHUNK * v_stride_t
-        k = tl.load(k_ptr + k_at, mask=rows < left - CHUNK, other=0.0)
-        v = tl.load(v_ptr + v_at, mask=rows < left - CHUNK, other=0.0)
-        tl.store(states_ptr + at, state.to(states_ptr.dtype.element_ty))
-        states_ptr += states_stride
-        state *= tl.exp2(-slope * count)
-        state = tl.dot(keys, rounded, state)
-        state = tl.dot(keys, rest, state)
-    tl.debug_barrier()
-    tl.atomic_xchg(handed_on_ptr, num_chunks, sem="release")
-    tl.store(new_state_ptr + at, state)
-
-
-@triton.jit
-def _queries(
-    q_ptr,
-    q_stride_t,
-    q_weight_ptr,
+def _heads_of_chunk(
+    x_ptr,
+    stride_t,
+    weight_ptr,
     positions_ptr,
     frequencies_ptr,
     count,
@@ -113,65 +54,148 @@ def _queries(
     TURN: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """The queries of a chunk [C, K], with TURN normed and turned on the way; rows that are not there are zero."""
+    """The queries or keys of a chunk [C, K], with TURN normed and turned; rows from `count` on are zero."""
     half: tl.constexpr = KEY_DIM // 2
     steps = tl.arange(0, CHUNK)
     is_there = steps[:, None] < count
-    at = q_ptr + steps[:, None] * q_stride_t
+    at = x_ptr + steps[:, None] * stride_t
     if TURN:
         columns = tl.arange(0, half)[None, :]
-        first = tl.load(at + columns, mask=is_there, other=0.0, eviction_policy="evict_first")
-        second = tl.load(at + half + columns, mask=is_there, other=0.0, eviction_policy="evict_first")
+        first = tl.load(at + columns, mask=is_there, other=0.0)
+        second = tl.load(at + half + columns, mask=is_there, other=0.0)
         positions = tl.load(positions_ptr + steps, mask=steps < count, other=0).to(tl.float32)
         cos, sin = cos_sin(positions[:, None] * tl.load(frequencies_ptr + columns), FAST)
-        first, second = turned_rows(first, second, q_weight_ptr, cos, sin, half, EPS)
-        q = tl.join(first, second).permute(0, 2, 1).reshape(CHUNK, KEY_DIM)
-    else:
-        columns = tl.arange(0, KEY_DIM)[None, :]
-        q = tl.load(at + columns, mask=is_there, other=0.0, eviction_policy="evict_first")
-    return q
+        first, second = turned_rows(first, second, weight_ptr, cos, sin, half, EPS)
+        return tl.join(first, second).permute(0, 2, 1).reshape(CHUNK, KEY_DIM)
+    return tl.load(at + tl.arange(0, KEY_DIM)[None, :], mask=is_there, other=0.0)
 
 
 @triton.jit
-def _chunk_outputs(
-    q,
-    k_ptr,
-    v_ptr,
-    o_ptr,
+def _wait_for(counter_ptr, count):
+    """Until `count` states were handed on."""
+    while tl.atomic_add(counter_ptr, 0, sem="acquire") < count:
+        pass
+
+
+@triton.jit
+def _state_before(
+    segment,
     state_ptr,
-    handed_on_ptr,
-    k_stride_t,
-    v_stride_t,
-    o_stride_t,
-    slope,
-    scale,
-    count,
-    index,
-    CHUNK: tl.constexpr,
+    states_ptr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUES: tl.constexpr,
+    HAS_STATE: tl.constexpr,
 ):
-    """The outputs of a chunk of `count` tokens of one head, once the state before it is there."""
+    """The state before a segment [K, VALUES], which is there; past the L1 cache where this launch wrote it."""
+    at = tl.arange(0, KEY_DIM)[:, None] * VALUE_DIM + tl.arange(0, VALUES)[None, :]
+    if segment > 0:
+        state = tl.load(states_ptr + at, cache_modifier=".cg")
+    elif HAS_STATE:
+        state = tl.load(state_ptr + at)
+    else:
+        state = tl.zeros((KEY_DIM, VALUES), tl.float32)
+    return state
+
+
+@triton.jit
+def _segment_sum(
+    k_ptr,
+    v_ptr,
+    turned_ptr,
+    k_weight_ptr,
+    positions_ptr,
+    frequencies_ptr,
+    k_stride_t,
+    v_stride_t,
+    turned_stride_t,
+    slope,
+    count,
+    keeps_turned,
+    CHUNK: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUES: tl.constexpr,
+    STAGES: tl.constexpr,
+    EPS: tl.constexpr,
+    TURN: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """What `count` tokens add to VALUES value channels of one head's state [K, VALUES]; keeps their turned keys."""
     steps = tl.arange(0, CHUNK)
     rows = steps[:, None]
-    keys = tl.arange(0, KEY_DIM)
-    values = tl.arange(0, VALUE_DIM)
-    is_there = rows < count
-    k = tl.load(k_ptr + rows * k_stride_t + keys[None, :], mask=is_there, other=0.0, eviction_policy="evict_first")
-    v = tl.load(v_ptr + rows * v_stride_t + values[None, :], mask=is_there, other=0.0, eviction_policy="evict_first")
-    scores = tl.dot(q, tl.trans(k))
-    for strand in tl.static_range(VALUE_DIM // VALUES):
-        while tl.atomic_add(handed_on_ptr + strand, 0, sem="acquire") <= index:
-            pass
-    # Past the L1 cache: another program of this launch wrote it.
-    state = tl.load(state_ptr + keys[:, None] * VALUE_DIM + values[None, :], cache_modifier=".cg")
-    exponents = (-slope * steps)[:, None] + (slope * steps)[None, :]
-    exponents = tl.where(rows >= steps[None, :], exponents, float("-inf"))
-    scores = (scores * tl.exp2(exponents)).to(q.dtype)
-    o = tl.dot(q, state) * tl.exp2(-slope * (steps + 1))[:, None]
-    o = tl.dot(scores, v, o) * scale
-    tl.store(o_ptr + rows * o_stride_t + values[None, :], o.to(o_ptr.dtype.element_ty), mask=is_there)
+    values = tl.arange(0, VALUES)[None, :]
+    state = tl.zeros((KEY_DIM, VALUES), tl.float32)
+    for first in tl.range(0, count, CHUNK, num_stages=STAGES):
+        left = tl.minimum(count - first, CHUNK)
+        k = _heads_of_chunk(
+            k_ptr + first * k_stride_t, k_stride_t, k_weight_ptr, positions_ptr + first if TURN else positions_ptr,
+            frequencies_ptr, left, CHUNK, KEY_DIM, EPS, TURN, FAST,
+        )  # fmt: skip
+        v = tl.load(v_ptr + (first + rows) * v_stride_t + values, mask=rows < left, other=0.0)
+        if TURN:
+            to = turned_ptr + (first + rows) * turned_stride_t + tl.arange(0, KEY_DIM)[None, :]
+            tl.store(to, k, mask=(rows < left) & keeps_turned)
+        decay = tl.exp2(-slope * tl.maximum(left - 1 - steps, 0).to(tl.float32))
+        wide = v.to(tl.float32) * decay[:, None]
+        high = (wide.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)  # a bf16 number
+        keys = tl.trans(k)
+        state *= tl.exp2(-slope * left)
+        state = tl.dot(keys, high.to(k.dtype), state)
+        state = tl.dot(keys, (wide - high).to(k.dtype), state)
+    return state
+
+
+@triton.jit
+def _segment_outputs(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    q_weight_ptr,
+    positions_ptr,
+    frequencies_ptr,
+    q_stride_t,
+    k_stride_t,
+    v_stride_t,
+    o_stride_t,
+    state,
+    slope,
+    scale,
+    count,
+    CHUNK: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUES: tl.constexpr,
+    STAGES: tl.constexpr,
+    EPS: tl.constexpr,
+    TURN: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """The outputs of `count` tokens in VALUES value channels of one head; `state` [K, VALUES] is the one before."""
+    steps = tl.arange(0, CHUNK)
+    rows = steps[:, None]
+    columns = tl.arange(0, KEY_DIM)[None, :]
+    values = tl.arange(0, VALUES)[None, :]
+    since_start = tl.exp2(-slope * (steps + 1)) * scale
+    until_end = tl.exp2(-slope * (CHUNK - 1 - steps))
+    over_chunk = tl.exp2(-slope * CHUNK)
+    for first in tl.range(0, count, CHUNK, num_stages=STAGES):
+        left = tl.minimum(count - first, CHUNK)
+        is_there = rows < left
+        q = _heads_of_chunk(
+            q_ptr + first * q_stride_t, q_stride_t, q_weight_ptr, positions_ptr + first if TURN else positions_ptr,
+            frequencies_ptr, left, CHUNK, KEY_DIM, EPS, TURN, FAST,
+        )  # fmt: skip
+        k = tl.load(k_ptr + (first + rows) * k_stride_t + columns, mask=is_there, other=0.0)
+        v = tl.load(v_ptr + (first + rows) * v_stride_t + values, mask=is_there, other=0.0)
+        o = tl.dot(q, state.to(q.dtype)) * since_start[:, None]
+        # After the last chunk, which may be short, nobody reads the state.
+        decayed = (v.to(tl.float32) * until_end[:, None]).to(v.dtype)
+        state = tl.dot(tl.trans(k), decayed, state * over_chunk)
+        exponents = (-slope * steps)[:, None] + (slope * steps)[None, :]
+        exponents = tl.where(rows >= steps[None, :], exponents, float("-inf"))
+        scores = (tl.dot(q, tl.trans(k)) * (tl.exp2(exponents) * scale)).to(q.dtype)
+        o = tl.dot(scores, v, o)
+        tl.store(o_ptr + (first + rows) * o_stride_t + values, o.to(o_ptr.dtype.element_ty), mask=is_there)
 
 
 @triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["positions_ptr"])
@@ -180,12 +204,14 @@ def _prefill_kernel(
     k_ptr,
     v_ptr,
     o_ptr,
+    turned_ptr,
     state_ptr,
     new_state_ptr,
     states_ptr,
     counters_ptr,
     slopes_ptr,
     q_weight_ptr,
+    k_weight_ptr,
     positions_ptr,
     frequencies_ptr,
     q_stride_b,
@@ -204,115 +230,109 @@ def _prefill_kernel(
     num_tokens,
     num_rows,
     NUM_HEADS: tl.constexpr,
+    SEGMENT: tl.constexpr,
     CHUNK: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUES: tl.constexpr,
+    LAG: tl.constexpr,
+    SUM_STAGES: tl.constexpr,
+    OUTPUT_STAGES: tl.constexpr,
     LOG2_E: tl.constexpr,
     HAS_STATE: tl.constexpr,
     EPS: tl.constexpr,
     TURN: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """One strand of a head's state over all tokens, or one chunk's outputs, by ticket; num_rows: B * H.
+    """One job by ticket; num_rows: B * H. The state before segment n > 0 is states[n - 1].
 
-    states [chunks, B * H, K, V]; counters [1 + strands], zero before: tickets, and how many S_n each strand left.
+    turned [B, T, H, K] and states fp32 [segments - 1, B * H, K, V] contiguous; counters [1 + strands], zero before:
+    tickets, and how many states each strand has handed on.
     """
     strands: tl.constexpr = VALUE_DIM // VALUES
-    size: tl.constexpr = KEY_DIM * VALUE_DIM
+    turned_stride_t: tl.constexpr = NUM_HEADS * KEY_DIM
+    num_strands = num_rows * strands
+    num_segments = tl.cdiv(num_tokens, SEGMENT)
     ticket = tl.atomic_add(counters_ptr, 1)
-    is_strand = ticket < num_rows * strands
-    item = ticket - num_rows * strands
-    row = ticket // strands if is_strand else item % num_rows
-    batch = (row // NUM_HEADS).to(tl.int64)
-    head = row % NUM_HEADS
-    slope = tl.load(slopes_ptr + head) * LOG2_E
-    q_ptr += batch * q_stride_b + head * q_stride_h
-    k_ptr += batch * k_stride_b + head * k_stride_h
-    v_ptr += batch * v_stride_b + head * v_stride_h
-    o_ptr += batch * o_stride_b + head * o_stride_h
-    at_row = row.to(tl.int64) * size
-    states_stride = num_rows.to(tl.int64) * size
-    if is_strand:
-        values_at = ticket % strands * VALUES
-        _carry_state(
-            k_ptr,
-            v_ptr + values_at,
-            state_ptr + at_row + values_at if HAS_STATE else state_ptr,
-            new_state_ptr + at_row + values_at,
-            states_ptr + at_row + values_at,
-            counters_ptr + 1 + ticket,
-            k_stride_t,
-            v_stride_t,
-            slope,
-            num_tokens,
-            states_stride,
-            CHUNK,
-            KEY_DIM,
-            VALUE_DIM,
-            VALUES,
-            HAS_STATE,
-        )
-    else:
-        index = item // num_rows
-        first = (index * CHUNK).to(tl.int64)
-        count = tl.minimum(num_tokens - index * CHUNK, CHUNK)
-        q = _queries(
-            q_ptr + first * q_stride_t,
-            q_stride_t,
-            q_weight_ptr,
-            positions_ptr + first if TURN else positions_ptr,
-            frequencies_ptr,
-            count,
-            CHUNK,
-            KEY_DIM,
-            EPS,
-            TURN,
-            FAST,
-        )
-        _chunk_outputs(
-            q,
-            k_ptr + first * k_stride_t,
-            v_ptr + first * v_stride_t,
-            o_ptr + first * o_stride_t,
-            states_ptr + index * states_stride + at_row,
-            counters_ptr + 1 + row * strands,
-            k_stride_t,
-            v_stride_t,
-            o_stride_t,
-            slope,
-            scale,
-            count,
-            index,
-            CHUNK,
-            KEY_DIM,
-            VALUE_DIM,
-            VALUES,
-        )
+    strand = ticket % num_strands
+    is_sum = ticket // num_strands % 2 == 0
+    segment = ticket // num_strands // 2
+    segment -= 0 if is_sum else LAG
+    if (segment >= 0) & (segment < num_segments):
+        row = strand // strands
+        first_value = strand % strands * VALUES
+        batch = (row // NUM_HEADS).to(tl.int64)
+        head = row % NUM_HEADS
+        first = segment.to(tl.int64) * SEGMENT
+        count = tl.minimum(num_tokens - segment * SEGMENT, SEGMENT)
+        slope = tl.load(slopes_ptr + head) * LOG2_E
+        counter_ptr = counters_ptr + 1 + strand
+        q_ptr += batch * q_stride_b + first * q_stride_t + head * q_stride_h
+        k_ptr += batch * k_stride_b + first * k_stride_t + head * k_stride_h
+        v_ptr += batch * v_stride_b + first * v_stride_t + head * v_stride_h + first_value
+        o_ptr += batch * o_stride_b + first * o_stride_t + head * o_stride_h + first_value
+        if TURN:
+            turned_ptr += (batch * num_tokens + first) * turned_stride_t + head * KEY_DIM
+            positions_ptr += first
+        at_row = row.to(tl.int64) * (KEY_DIM * VALUE_DIM) + first_value
+        states_stride = num_rows.to(tl.int64) * (KEY_DIM * VALUE_DIM)
+        states_ptr += (segment - 1) * states_stride + at_row
+        if HAS_STATE:
+            state_ptr += at_row
+        if is_sum:
+            added = _segment_sum(
+                k_ptr, v_ptr, turned_ptr, k_weight_ptr, positions_ptr, frequencies_ptr,
+                k_stride_t, v_stride_t, turned_stride_t, slope, count, first_value == 0,
+                CHUNK, KEY_DIM, VALUES, SUM_STAGES, EPS, TURN, FAST,
+            )  # fmt: skip
+            _wait_for(counter_ptr, segment)
+            state = _state_before(segment, state_ptr, states_ptr, KEY_DIM, VALUE_DIM, VALUES, HAS_STATE)
+            state = tl.fma(state, tl.exp2(-slope * count), added)
+            to = new_state_ptr + at_row if segment == num_segments - 1 else states_ptr + states_stride
+            to += tl.arange(0, KEY_DIM)[:, None] * VALUE_DIM + tl.arange(0, VALUES)[None, :]
+            tl.store(to, state)
+            tl.debug_barrier()
+            tl.atomic_xchg(counter_ptr, segment + 1, sem="release")
+        else:
+            _wait_for(counter_ptr, segment)
+            if TURN:
+                _wait_for(counters_ptr + 1 + row * strands, segment + 1)
+            state = _state_before(segment, state_ptr, states_ptr, KEY_DIM, VALUE_DIM, VALUES, HAS_STATE)
+            _segment_outputs(
+                q_ptr, turned_ptr if TURN else k_ptr, v_ptr, o_ptr, q_weight_ptr, positions_ptr, frequencies_ptr,
+                q_stride_t, turned_stride_t if TURN else k_stride_t, v_stride_t, o_stride_t,
+                state, slope, scale, count, CHUNK, KEY_DIM, VALUES, OUTPUT_STAGES, EPS, TURN, FAST,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillLaunch:
-    """How the kernel is launched: tokens of a chunk, value channels that one program carries, warps.
+    """How the kernel is launched: tokens of a segment and of a chunk, value channels of a program, warps.
 
-    `max_registers` of a thread: so few that several programs fit on a multiprocessor and hide each other's waiting.
+    `lag`: segments by which outputs follow sums. `sum_stages`, `output_stages`: Triton's pipeline stages of the loops
+    over chunks; from 3 on, a chunk is on its way from memory while another is computed. Registers are kept to
+    `max_registers`, so that more programs fit on a multiprocessor and hide each other's waiting.
     """
 
+    segment: int
     chunk: int
     values: int
+    lag: int
     num_warps: int
-    max_registers: int
+    sum_stages: int
+    output_stages: int
+    max_registers: int = 255
 
 
-# By compute capability, the largest that is not above the card's. Only 90 has wgmma, and room for long chunks.
+# By compute capability, the largest that is not above the card's. Only 90 has wgmma.
 LAUNCHES = {
-    80: PrefillLaunch(chunk=64, values=64, num_warps=8, max_registers=255),
-    90: PrefillLaunch(chunk=128, values=64, num_warps=8, max_registers=255),
-    100: PrefillLaunch(chunk=64, values=64, num_warps=8, max_registers=255),
+    80: PrefillLaunch(segment=512, chunk=32, values=64, lag=1, num_warps=8, sum_stages=3, output_stages=3),
+    90: PrefillLaunch(segment=512, chunk=64, values=64, lag=1, num_warps=4, sum_stages=3, output_stages=2),
+    100: PrefillLaunch(segment=512, chunk=32, values=64, lag=1, num_warps=8, sum_stages=3, output_stages=3),
 }
 PREFILL_DTYPE = torch.bfloat16
 MAX_STATE_SIDE = 128  # channels of a key or value head: a program holds a whole chunk of one
-MAX_LAUNCH_TOKENS = 8192  # 64 MiB of states at 32 heads of 128 and chunks of 128
+MAX_LAUNCH_TOKENS = 8192  # 30 MiB of states at 32 heads of 128 and segments of 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +352,7 @@ def lightning_prefill_triton(
     recurrence: Recurrence,
     boundaries: Sequence[int] = (),
 ) -> tuple[Tensor, list[Tensor]]:
-    """Lightning attention over T tokens by the kernels; raw keys are normed and turned by a launch before.
+    """Lightning attention over T tokens by the kernel.
 
     Shapes: q, k [B, T, H, K]; v [B, T, H, V], all bf16; slopes fp32 [H]; state fp32 [B, H, K, V], left as it is, None
     for zeros. `boundaries`: counts of tokens, ascending and below T, after which the state is wanted as well.
@@ -359,9 +379,7 @@ def run_prefill(
     """The same with everything checked and the launch given."""
     num_tokens = q.shape[1]
     o = torch.empty(v.shape, dtype=q.dtype, device=q.device)
-    norm_rope, state = recurrence.norm_rope, recurrence.state
-    if norm_rope is not None:
-        k = turned(k, norm_rope.k_weight, norm_rope)
+    state = recurrence.state
     kept: list[Tensor] = []
     for start, end in pairwise([0, *boundaries, num_tokens]):
         for first in range(start, end, MAX_LAUNCH_TOKENS):
@@ -384,41 +402,50 @@ def _launch(
     q, v = block[0], block[2]
     batch, num_heads, key_dim, value_dim = _state_shape(q, v)
     values = min(launch.values, value_dim)
-    num_rows, num_chunks = batch * num_heads, -(-q.shape[1] // launch.chunk)
+    num_rows, num_segments = batch * num_heads, -(-q.shape[1] // launch.segment)
     num_strands = num_rows * (value_dim // values)
     after = torch.empty((batch, num_heads, key_dim, value_dim), dtype=torch.float32, device=q.device)
-    states = torch.empty((num_chunks, num_rows, key_dim, value_dim), dtype=q.dtype, device=q.device)
+    states = torch.empty((num_segments - 1, num_rows, key_dim, value_dim), dtype=torch.float32, device=q.device)
     counters = torch.zeros(1 + num_strands, dtype=torch.int32, device=q.device)
     norm_rope = recurrence.norm_rope
-    _prefill_kernel[(num_strands + num_chunks * num_rows,)](
+    _prefill_kernel[(2 * num_strands * (num_segments + launch.lag),)](
         *block,
+        None if norm_rope is None else torch.empty(q.shape, dtype=q.dtype, device=q.device),
         state,
         after,
         states,
         counters,
         recurrence.slopes,
-        None if norm_rope is None else norm_rope.q_weight,
-        None if norm_rope is None else norm_rope.positions[first:],
-        None if norm_rope is None else rotary_frequencies(key_dim, norm_rope.theta, q.device),
+        *_turn_tensors(norm_rope, first, q),
         *(stride for x in block for stride in x.stride()[:3]),
         recurrence.scale,
         q.shape[1],
         num_rows,
         NUM_HEADS=num_heads,
+        SEGMENT=launch.segment,
         CHUNK=launch.chunk,
         KEY_DIM=key_dim,
         VALUE_DIM=value_dim,
         VALUES=values,
+        LAG=launch.lag,
+        SUM_STAGES=launch.sum_stages,
+        OUTPUT_STAGES=launch.output_stages,
         LOG2_E=LOG2_E,
         HAS_STATE=state is not None,
         EPS=0.0 if norm_rope is None else norm_rope.eps,
         TURN=norm_rope is not None,
         FAST=HAS_INLINE_ASM,
         num_warps=launch.num_warps,
-        num_stages=1,
         maxnreg=launch.max_registers,
     )
     return after
+
+
+def _turn_tensors(norm_rope: NormRope | None, first: int, q: Tensor) -> tuple[Tensor | None, ...]:
+    if norm_rope is None:
+        return None, None, None, None
+    frequencies = rotary_frequencies(q.shape[3], norm_rope.theta, q.device)
+    return norm_rope.q_weight, norm_rope.k_weight, norm_rope.positions[first:], frequencies
 
 
 def _state_shape(q: Tensor, v: Tensor) -> tuple[int, int, int, int]:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from salalocal.errors import BackendError
-from salalocal.kernels.backend import HAS_INLINE_ASM, tl, triton, use_triton
+from salalocal.kernels.backend import HAS_INLINE_ASM, tl, triton
 from salalocal.kernels.norm import rms_norm_definition, rms_norm_reference
 from salalocal.kernels.rotary import rotary_definition, rotary_reference
+from salalocal.kernels.rows import ROW_DTYPES, are_for_kernel
 
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_HEAD_DIM = 32  # halves of a head are operands of matrix products, whose sides are 16 at least
 MAX_HEAD_DIM = 256
 
@@ -170,14 +170,9 @@ def turned(x: Tensor, weight: Tensor, norm_rope: NormRope) -> Tensor:
 
 def qk_norm_rope(q: Tensor, k: Tensor, norm_rope: NormRope) -> tuple[Tensor, Tensor]:
     """What the model calls; gradients and float64 take the reference."""
-    if use_triton(q, k) and q.dtype in KERNEL_DTYPES and not needs_gradient(q, k, norm_rope.q_weight):
+    if are_for_kernel(q, k, norm_rope.q_weight):
         return qk_norm_rope_triton(q, k, norm_rope)
     return qk_norm_rope_reference(q, k, norm_rope)
-
-
-def needs_gradient(*tensors: Tensor) -> bool:
-    """Whether autograd will want to go back through an operation on these; the kernels have no backward."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def check_norm_rope(q: Tensor, k: Tensor, norm_rope: NormRope) -> None:
@@ -199,7 +194,7 @@ def check_heads(x: Tensor) -> None:
     """Raises: BackendError for heads that the kernels of the lightning layer have no form for."""
     head_dim = x.shape[-1]
     is_power = head_dim & (head_dim - 1) == 0
-    if not is_power or not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM or x.dtype not in KERNEL_DTYPES:
+    if not is_power or not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM or x.dtype not in ROW_DTYPES:
         limits = f"powers of two from {MIN_HEAD_DIM} to {MAX_HEAD_DIM} in bfloat16, float16 or float32"
         raise BackendError(f"the kernel takes heads of {limits}, not {tuple(x.shape)} in {x.dtype}")
     if x.stride(-1) != 1 and head_dim > 1:

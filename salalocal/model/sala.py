@@ -99,13 +99,13 @@ class SalaModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs."""
-        return self.model.embed_tokens.weight.device
+        """Where the model runs; its embedding table may lie in host memory."""
+        return self.model.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of its hidden states."""
-        return self.model.embed_tokens.weight.dtype
+        return self.model.norm.weight.dtype
 
     def new_state(
         self,
@@ -113,15 +113,23 @@ class SalaModel(nn.Module):
         capacity: int = 0,
         switch: SwitchRule = SwitchRule.POSITION,
         prompt_tokens: int | None = None,
+        is_int8: bool = False,
     ) -> ModelState:
         """An empty state for sequences of one common length.
 
         Units: capacity in tokens, the room made at once (it grows by itself past it); prompt_tokens is needed by
-        `SwitchRule.PROMPT` alone. Raises: ValueError.
+        `SwitchRule.PROMPT` alone. `is_int8`: keys and values in 8 bits, for one sequence. Raises: ValueError.
         """
+        if is_int8 and batch_size != 1:
+            raise ValueError(f"keys and values in 8 bits are for one sequence, not for {batch_size}")
         sparse_from = switch.sparse_from(self.config.sparse.dense_len, prompt_tokens)
         spec = StateSpec(
-            batch_size=batch_size, capacity=capacity, sparse_from=sparse_from, device=self.device, dtype=self.dtype
+            batch_size=batch_size,
+            capacity=capacity,
+            sparse_from=sparse_from,
+            device=self.device,
+            dtype=self.dtype,
+            is_int8=is_int8,
         )
         layers = tuple(block.self_attn.new_state(spec) for block in self._blocks())
         return ModelState(layers, num_tokens=0, sparse_from=sparse_from, config_digest=self._config_digest)

@@ -9,8 +9,8 @@ import json
 import os
 import tempfile
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -33,6 +33,7 @@ class StateSpec:
     """What a mixer must know to make an empty state.
 
     Units: capacity in tokens, room made at once (a state grows by itself past it); rows p >= sparse_from are sparse.
+    `is_int8`: keys and values are cached in 8 bits, in batches of one sequence.
     """
 
     batch_size: int
@@ -40,6 +41,7 @@ class StateSpec:
     sparse_from: int
     device: torch.device
     dtype: torch.dtype
+    is_int8: bool = False
 
 
 class LayerState(Protocol):
@@ -53,6 +55,10 @@ class LayerState(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors it keeps alive; what it shares with a fork counts in both."""
+        ...
+
+    def extend(self, num_tokens: int) -> None:
+        """Count tokens that a kernel has put into its tensors."""
         ...
 
     def fork(self) -> Self:
@@ -108,6 +114,31 @@ class GrowingRows:
         """Bytes of the buffer, with the room not yet used."""
         return self._buffer.rows.nbytes
 
+    @property
+    def storage(self) -> Tensor:
+        """The whole buffer, rows not yet used too. Shapes: [B, H, capacity, D]."""
+        return self._buffer.rows
+
+    def make_room(self, end: int) -> None:
+        """See that rows up to `end` can be written in place, without harm to any fork; may move to another buffer."""
+        capacity = self._buffer.rows.shape[2]
+        behind = any(other is not self and other._num_rows > self._num_rows for other in self._buffer.holders)
+        if end <= capacity and not behind:
+            return
+        grown = self._allocate(capacity if end <= capacity else max(end, capacity + capacity // 8))
+        grown[:, :, : self._num_rows] = self._buffer.rows[:, :, : self._num_rows]
+        # A holder that is ahead keeps the old buffer; otherwise everyone moves, so that nothing keeps it alive.
+        moving = [self] if behind else list(self._buffer.holders)
+        buffer = _Buffer(grown)
+        for holder in moving:
+            holder._move_to(buffer)
+
+    def extend(self, num_rows: int) -> None:
+        """Take in rows that a kernel has written to `storage` behind the last one. Raises: ValueError without room."""
+        if self._num_rows + num_rows > self._buffer.rows.shape[2]:
+            raise ValueError(f"{num_rows} rows behind {self._num_rows} are more than there is room for")
+        self._num_rows += num_rows
+
     def append(self, rows: Tensor) -> None:
         """Add rows at the end.
 
@@ -124,7 +155,7 @@ class GrowingRows:
             kept = self._buffer.rows[:, :, : self._num_rows]
             self._move_to(_Buffer(torch.cat((kept, rows.transpose(1, 2)), dim=2)))
         else:
-            self._make_room(end)
+            self.make_room(end)
             self._buffer.rows[:, :, self._num_rows : end] = rows.transpose(1, 2)
         self._num_rows = end
 
@@ -151,19 +182,6 @@ class GrowingRows:
             filled.append(rows)
         return filled
 
-    def _make_room(self, end: int) -> None:
-        capacity = self._buffer.rows.shape[2]
-        behind = any(other is not self and other._num_rows > self._num_rows for other in self._buffer.holders)
-        if end <= capacity and not behind:
-            return
-        grown = self._allocate(capacity if end <= capacity else max(end, capacity + capacity // 8))
-        grown[:, :, : self._num_rows] = self._buffer.rows[:, :, : self._num_rows]
-        # A holder that is ahead keeps the old buffer; otherwise everyone moves, so that nothing keeps it alive.
-        moving = [self] if behind else list(self._buffer.holders)
-        buffer = _Buffer(grown)
-        for holder in moving:
-            holder._move_to(buffer)
-
     def _allocate(self, capacity: int) -> Tensor:
         # Whole groups of rows keep every head equally aligned, whatever room was asked for: the same sums, bit by bit.
         rounded = -(-capacity // _ROWS_AT_A_TIME) * _ROWS_AT_A_TIME
@@ -179,56 +197,78 @@ class GrowingRows:
 
 
 class KVCache:
-    """Keys and values of one attention layer."""
+    """Keys and values of one attention layer; in 8 bits, with a scale a token and head, a kernel appends them."""
 
     def __init__(self, spec: StateSpec, num_heads: int, head_dim: int) -> None:
-        self._keys = GrowingRows(spec, num_heads, head_dim)
-        self._values = GrowingRows(spec, num_heads, head_dim)
+        if spec.is_int8:
+            codes, scales = replace(spec, dtype=torch.int8), replace(spec, dtype=torch.bfloat16)
+            self._parts = {name: GrowingRows(codes, num_heads, head_dim) for name in ("k", "v")}
+            self._parts |= {name: GrowingRows(scales, num_heads, 1) for name in ("k_scales", "v_scales")}
+        else:
+            self._parts = {name: GrowingRows(spec, num_heads, head_dim) for name in ("k", "v")}
 
     @property
     def num_tokens(self) -> int:
         """How many tokens have keys and values here."""
-        return self._keys.num_rows
+        return self._parts["k"].num_rows
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both buffers."""
-        return self._keys.nbytes + self._values.nbytes
+        """Bytes of all buffers."""
+        return sum(part.nbytes for part in self._parts.values())
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether it holds codes and scales."""
+        return "k_scales" in self._parts
 
     @property
     def keys(self) -> Tensor:
-        """All keys as a view. Shapes: [B, N, H, D]."""
-        return self._keys.rows
+        """All keys, or their codes, as a view. Shapes: [B, N, H, D]."""
+        return self._parts["k"].rows
 
     @property
     def values(self) -> Tensor:
-        """All values as a view. Shapes: [B, N, H, D]."""
-        return self._values.rows
+        """All values, or their codes, as a view. Shapes: [B, N, H, D]."""
+        return self._parts["v"].rows
+
+    @property
+    def storage(self) -> dict[str, Tensor]:
+        """The whole buffers, named as in `tensors`. Shapes: [B, H, capacity, D], of scales [B, H, capacity, 1]."""
+        return {name: part.storage for name, part in self._parts.items()}
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add the keys and values of new tokens. Shapes: both [B, T, H, D]."""
-        self._keys.append(keys)
-        self._values.append(values)
+        self._parts["k"].append(keys)
+        self._parts["v"].append(values)
+
+    def make_room(self, end: int) -> None:
+        """See that tokens up to `end` can be written in place; see `GrowingRows`."""
+        for part in self._parts.values():
+            part.make_room(end)
+
+    def extend(self, num_tokens: int) -> None:
+        """Count tokens that a kernel has written to the storage."""
+        for part in self._parts.values():
+            part.extend(num_tokens)
 
     def fork(self) -> "KVCache":
         """Another cache with the same rows, at no cost until both append."""
-        return self._with(self._keys.fork(), self._values.fork())
+        return self._with({name: part.fork() for name, part in self._parts.items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """Views of the rows in use, named k and v."""
-        return {"k": self.keys, "v": self.values}
+        """Views of the rows in use, named k and v, and k_scales and v_scales if there are."""
+        return {name: part.rows for name, part in self._parts.items()}
 
     def from_tensors(self, tensors: Mapping[str, Tensor], num_tokens: int) -> "KVCache":
         """A new cache like this one that holds a copy of saved rows. Raises: StateError naming what does not fit."""
-        check_names(tensors, ("k", "v"))
-        return self._with(
-            self._keys.with_rows("k", tensors["k"], num_tokens), self._values.with_rows("v", tensors["v"], num_tokens)
-        )
+        check_names(tensors, tuple(self._parts))
+        return self._with({name: part.with_rows(name, tensors[name], num_tokens) for name, part in self._parts.items()})
 
     @staticmethod
-    def _with(keys: GrowingRows, values: GrowingRows) -> "KVCache":
+    def _with(parts: "dict[str, GrowingRows]") -> "KVCache":
         cache = object.__new__(KVCache)
-        cache._keys, cache._values = keys, values
+        cache._parts = parts
         return cache
 
 
@@ -242,6 +282,17 @@ class ModelState:
         self.num_tokens = num_tokens
         self.sparse_from = sparse_from
         self.config_digest = config_digest
+        self._settle: Callable[[], None] | None = None
+
+    def lend(self, settle: Callable[[], None]) -> None:
+        """Let a decoder work on the tensors; before anyone else uses this state, `settle` brings it up to date."""
+        self._settle = settle
+
+    def settle(self) -> None:
+        """Take back what was lent, if anything; everything that reads the state calls it first."""
+        settle, self._settle = self._settle, None
+        if settle is not None:
+            settle()
 
     @property
     def nbytes(self) -> int:
@@ -250,10 +301,12 @@ class ModelState:
 
     def fork(self) -> "ModelState":
         """A second state that goes its own way; neither ever changes the other."""
+        self.settle()
         return self._with(tuple(layer.fork() for layer in self.layers), self.num_tokens)
 
     def check_whole(self) -> None:
         """Raise StateError if an interrupted call has left some layers ahead of others."""
+        self.settle()
         for number, layer in enumerate(self.layers):
             if layer.num_tokens != self.num_tokens:
                 raise StateError(

@@ -152,12 +152,13 @@ class CodebookLinear(nn.Module):
         self.absmax: Tensor
         self.codebook: Tensor
         self.block_size = weight.scheme.block_size
+        self.kind = weight.scheme.kind
         self.register_buffer("codes", weight.codes)
         self.register_buffer("absmax", weight.absmax)
         self.register_buffer("codebook", weight.codebook, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return codebook_matmul(x, self.codes, self.absmax, self.codebook, self.block_size)
+        return codebook_matmul(x, self.codes, self.absmax, self.codebook, self.block_size, self.kind)
 
 
 def round_to_codebook(weight: Tensor, scheme: CodebookScheme, dtype: torch.dtype) -> CodebookWeight:

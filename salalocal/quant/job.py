@@ -10,7 +10,6 @@ import errno
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,10 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from salalocal.checkpoint.hub_cache import only_one
 from salalocal.checkpoint.names import CONFIG_FILE, INDEX_FILE
 from salalocal.checkpoint.strict_json import one_line, read_json_file
 from salalocal.durable import remove_strays, replace_file, sync_folder
-from salalocal.errors import BusyError, CheckpointError, RequestError
+from salalocal.errors import CheckpointError, RequestError
 
 CARD_FILE = "quantization_card.json"
 JOB_FILE = "job.json"
@@ -153,7 +153,7 @@ def open_job(out: Path, identity: Record, num_steps: int) -> Iterator[Job]:
         if _is_taken(out):
             raise _exists(out)
         folder.mkdir(parents=True, exist_ok=True)
-    with _only_one(folder):
+    with only_one(folder, "quantizes into it"):
         try:
             remove_strays(folder)
             yield Job(out, identity, num_steps, _done_steps(folder, identity, num_steps))
@@ -182,7 +182,7 @@ def finished_card(out: Path, identity: Record) -> Record | None:
     folder = _folder_of(out)
     with _naming_write_errors(folder):
         if not (folder / JOB_FILE).exists() and _card(folder, identity) is not None and not out.exists():
-            with _only_one(folder):
+            with only_one(folder, "quantizes into it"):
                 _give_name(folder, out)
         return _card(out, identity)
 
@@ -290,25 +290,6 @@ def _give_name(folder: Path, out: Path) -> None:
         out.rmdir()  # empty, or it would have been refused
     folder.rename(out)
     sync_folder(out.parent)
-
-
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Locks the folder against other processes, where the system can; the end of the process unlocks it."""
-    if os.name == "nt":
-        yield
-        return
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BusyError(f"{one_line(folder, 160)}: another process quantizes into it", "let it finish") from error
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

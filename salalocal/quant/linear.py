@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -19,7 +20,7 @@ from salalocal.quant.int4 import PackedWeight
 from salalocal.quant.layout import WeightLayout
 
 _LOG = logging.getLogger(__name__)
-DEFAULT_MATH: Math = "bf16"
+DEFAULT_MATH: Math = "int8"
 
 
 class QuantizedLinear(nn.Module):
@@ -49,22 +50,41 @@ class KernelLinear(QuantizedLinear):
     def __init__(self, weight: PackedWeight, math: Math, workspace: Workspace) -> None:
         super().__init__(weight)
         self.math, self.workspace = math, workspace
-        self.row_scales: Tensor | None
-        self.inverses: Tensor | None
-        folded = int4_weight(weight.words, weight.scales, weight.group_size) if weight.bits == 4 else None
-        self.register_buffer("row_scales", None if folded is None else folded.row_scales, persistent=False)
-        self.register_buffer("inverses", None if folded is None else folded.inverses, persistent=False)
+        self.row_scales: Tensor
+        self.inverses: Tensor
+        folded = int4_weight(weight.words, weight.scales, weight.group_size, weight.bits)
+        self.register_buffer("row_scales", folded.row_scales, persistent=False)
+        self.register_buffer("inverses", folded.inverses, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if not use_triton(x, self.words):
             return super().forward(x)
-        return int4_linear(x, self, self._folded, self.math, self.workspace)
+        return int4_linear(x, self, self.folded, self.math, self.workspace)
+
+    @classmethod
+    def stack(cls, linears: "Sequence[KernelLinear]") -> "KernelLinear":
+        """The map to the outputs of all, one after the other; they keep views of its weights instead of their own.
+
+        Raises: ValueError for maps that differ in bits, group size, input features, dtype of scales or math.
+        """
+        first = linears[0]
+        kinds = {(x.bits, x.group_size, x.words.shape[1], x.scales.dtype, x.math) for x in linears}
+        if len(kinds) > 1:
+            raise ValueError(f"maps of different formats cannot be stacked: {sorted(map(str, kinds))}")
+        words, scales = torch.cat([x.words for x in linears]), torch.cat([x.scales for x in linears])
+        stacked = cls(PackedWeight(words, scales, first.bits, first.group_size), first.math, first.workspace)
+        start = 0
+        for linear in linears:
+            rows = slice(start, start + len(linear.words))
+            for name, buffer in stacked.named_buffers():
+                setattr(linear, name, buffer[rows])
+            start = rows.stop
+        return stacked
 
     @property
-    def _folded(self) -> Int4Weight | None:
-        if self.row_scales is None or self.inverses is None:
-            return None
-        return Int4Weight(self.words, self.scales, self.group_size, self.row_scales, self.inverses)
+    def folded(self) -> Int4Weight:
+        """The matrix as the kernels for many rows take it."""
+        return Int4Weight(self.words, self.scales, self.group_size, self.row_scales, self.inverses, self.bits)
 
 
 class CpuInt4Linear(nn.Module):
@@ -94,8 +114,7 @@ class QuantizedLinearFactory:
     """Makes a module with its weights wherever a folder holds a quantized matrix, and a `DenseLinear` without memory
     elsewhere.
 
-    `math` is what many rows are multiplied in on a GPU. bf16 until the error of int8 activations is measured on whole
-    models.
+    `math` is what many rows are multiplied in on a GPU.
     """
 
     def __init__(

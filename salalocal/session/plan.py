@@ -14,6 +14,7 @@ from salalocal.engine.budget import (
     PlanOptions,
     StoredWeights,
     WeightFormat,
+    fitted,
     longest_context,
     plan_memory,
 )
@@ -84,8 +85,6 @@ def plan_model(settings: Settings, flags: PlanFlags, tell: Callable[[str], None]
     weights = WeightFormat(_word("--weights", flags.weights or stored, WeightFormat))
     default_cache = "fp32" if weights is WeightFormat.FP32 else "bf16"
     cache = CacheFormat(_word("--kv-cache", flags.cache or default_cache, CacheFormat))
-    if cache is CacheFormat.INT8:
-        tell("int8 caches are planned for, but this version cannot make them yet")
     options = PlanOptions(weights, cache, is_cuda=is_cuda, stored=quantized)
     return make_plan(config, PlanRequest(settings.model, flags.ctx, memory_bytes, options))
 
@@ -129,7 +128,7 @@ def make_plan(config: SalaConfig, request: PlanRequest) -> PlanReport:
     lengths = sorted({*CONTEXTS, *([request.ctx] if request.ctx else [])})
     report = PlanReport(
         request,
-        tuple(plan_memory(config, tokens, request.options) for tokens in lengths),
+        tuple(_planned(config, tokens, request) for tokens in lengths),
         longest_context(config, request.memory_bytes, request.options),
         config.max_position_embeddings,
         (),
@@ -139,12 +138,17 @@ def make_plan(config: SalaConfig, request: PlanRequest) -> PlanReport:
     return replace(report, alternatives=tuple(_alternatives(config, request))[:_MAX_ALTERNATIVES])
 
 
+def _planned(config: SalaConfig, num_tokens: int, request: PlanRequest) -> MemoryPlan:
+    """The plan of a run on that much memory, which chooses its chunks by it."""
+    return plan_memory(config, num_tokens, fitted(config, num_tokens, request.memory_bytes, request.options))
+
+
 def _alternatives(config: SalaConfig, request: PlanRequest) -> Iterator[str]:
     """Commands that fit, the closest to what was asked first: a smaller cache, weights, context, then a larger card."""
     ctx = request.ctx or _ROUND_DOWN_TO
     for weights, cache in _smaller_formats(request.options):
         options = replace(request.options, weights=weights, cache=cache)
-        if plan_memory(config, ctx, options).total_bytes <= request.memory_bytes:
+        if _planned(config, ctx, replace(request, options=options)).total_bytes <= request.memory_bytes:
             yield _command(replace(request, ctx=ctx, options=options))
             break
     for options in (request.options, replace(request.options, weights=WeightFormat.INT4)):
@@ -152,8 +156,8 @@ def _alternatives(config: SalaConfig, request: PlanRequest) -> Iterator[str]:
         if 0 < tokens < ctx:
             yield _command(replace(request, ctx=tokens, options=options))
             break
-    needed = plan_memory(config, ctx, request.options).total_bytes
     for card_bytes in CARD_BYTES:
+        needed = _planned(config, ctx, replace(request, memory_bytes=card_bytes)).total_bytes
         if card_bytes >= needed and card_bytes > request.memory_bytes:
             yield _command(replace(request, ctx=ctx, memory_bytes=card_bytes))
             break

@@ -3,14 +3,12 @@
 import json
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from salalocal.checkpoint.folder import ModelFolder
-from salalocal.checkpoint.hub import BUILTIN, find_model, is_hub_id
+from salalocal.checkpoint.hub import find_model, is_hub_id
 from salalocal.checkpoint.strict_json import one_line
 from salalocal.device import pick_device
 from salalocal.durable import replace_file
@@ -29,7 +27,7 @@ from salalocal.session.texts import (
     shipped_text,
 )
 from salalocal.session.tokens import TextCodec
-from salalocal.settings import APPLICATION, DEFAULT_ORIGIN, Settings
+from salalocal.settings import Settings, models_folder
 
 DEFAULT_CALIBRATION_TOKENS = 8 * DEFAULT_SEQUENCE_TOKENS
 _MOST_PARAMETERS_ON_CPU = 200_000_000  # GPTQ then takes an hour or so on a few cores
@@ -102,13 +100,6 @@ def quantize_model(
     return QuantizedModel(out, card)
 
 
-def with_usual_original(settings: Settings) -> Settings:
-    """The settings for quantizing: where no model is chosen, the one that the built-in 4-bit model was made of."""
-    if settings.origin("model") != DEFAULT_ORIGIN:
-        return settings
-    return replace(settings, model=f"{BUILTIN}:bf16")
-
-
 def usual_method(settings: Settings, tell: Tell) -> str:
     """The method for who names none: GPTQ, which loses least, where it takes minutes; else rounding to nearest.
 
@@ -137,8 +128,7 @@ def _find_original(model: str) -> ModelFolder:
 
 def _default_out(model: str, options: QuantizeOptions) -> Path:
     name = model.replace("/", "--") if is_hub_id(model.partition(":")[0]) else Path(model).resolve().name
-    models = platformdirs.user_data_path(APPLICATION, appauthor=False) / "models"
-    return models / f"{name.replace(':', '-')}-{options.label}"
+    return models_folder() / f"{name.replace(':', '-')}-{options.label}"
 
 
 def _calibration(source: ModelFolder, request: QuantizeRequest, tell: Tell) -> list[Ids]:

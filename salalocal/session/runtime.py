@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -11,9 +12,19 @@ from salalocal.checkpoint.checkpoint import Checkpoint
 from salalocal.checkpoint.folder import ModelFolder
 from salalocal.checkpoint.hub import BUILTIN, find_model
 from salalocal.device import device_memory, pick_device
-from salalocal.engine.budget import CacheFormat, PlanOptions, StoredWeights, WeightFormat, check_fits, plan_memory
+from salalocal.engine.budget import (
+    CUDA_DRIVER_BYTES,
+    CacheFormat,
+    Math,
+    PlanOptions,
+    StoredWeights,
+    WeightFormat,
+    check_fits,
+    fitted,
+    plan_memory,
+)
 from salalocal.engine.engine import Engine, EngineConfig
-from salalocal.engine.load import default_dtype, load_model, weight_bytes
+from salalocal.engine.load import Placement, default_dtype, load_model, weight_bytes
 from salalocal.engine.sampling_params import SamplingParams
 from salalocal.errors import CheckpointError, ContextError, RequestError
 from salalocal.model.config import SalaConfig
@@ -22,10 +33,12 @@ from salalocal.prompt.pack import PromptPack
 from salalocal.prompt.sources import read_sources
 from salalocal.prompt.text_stream import TextStream
 from salalocal.prompt.tokenizer import Tokenizer
+from salalocal.quant.linear import DEFAULT_MATH
 from salalocal.session.generation import Generation
 from salalocal.session.memory import naming_memory_errors
 from salalocal.session.session import Session, SessionOptions, one_or_more
 from salalocal.session.tokens import BUILTIN_MAX_TOKENS, TextCodec, answer_room, default_max_tokens
+from salalocal.settings import Settings
 
 DTYPES = MODEL_DTYPES | {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -131,13 +144,21 @@ class LoadOptions:
     """How a model is opened. Units: chunk_size and num_tokens in tokens; memory for num_tokens is checked before.
 
     None lets salalocal choose: a CUDA device if there is one; the checkpoint's dtype, or float32 for a small model on
-    a CPU.
+    a CPU; the largest chunk that fits; int8 for products of many rows with int4 weights on a card; a cache as exact as
+    the dtype.
     """
 
     device: str | None = None
     dtype: str | torch.dtype | None = None
     chunk_size: int | None = None
     num_tokens: int = 0
+    math: str | None = None
+    kv_cache: str | None = None
+
+    @classmethod
+    def of(cls, settings: Settings, num_tokens: int) -> "LoadOptions":
+        """What the settings say."""
+        return cls(settings.device, settings.dtype, settings.chunk_size, num_tokens, settings.math, settings.kv_cache)
 
 
 def load(model: str | Path = BUILTIN, *, device: str | None = None, dtype: str | torch.dtype | None = None) -> Runtime:
@@ -153,7 +174,8 @@ def open_runtime(place: Path | ModelFolder, name: str, options: LoadOptions, cod
     """Open a model folder under a name; a codec that is open already is used as it is. Raises: as `load`."""
     wanted = _torch_dtype(options.dtype)
     device = pick_device(options.device)
-    engine_config = EngineConfig() if options.chunk_size is None else EngineConfig(options.chunk_size)
+    if options.chunk_size is not None:
+        EngineConfig(options.chunk_size)  # a size that makes no sense is refused before anything is read
     folder = ModelFolder.of(place)
     checkpoint = Checkpoint.open(folder)
     codec = codec or TextCodec.from_folder(folder.path)
@@ -164,16 +186,51 @@ def open_runtime(place: Path | ModelFolder, name: str, options: LoadOptions, cod
             "the folder mixes two models; download it again",
         )
     dtype = wanted or default_dtype(checkpoint, device)
-    plan_options = PlanOptions(*_FORMATS[dtype], engine_config.chunk_size, device.type == "cuda")
-    record = checkpoint.config.quantization_config
+    plan_options = _plan(checkpoint, device, dtype, options, name)
+    with naming_memory_errors("loading the weights"):
+        placement = Placement(plan_options.math, plan_options.is_embedding_on_host)
+        model = load_model(checkpoint, device, dtype, placement)
+        engine = Engine(model, EngineConfig(plan_options.chunk_size, plan_options.cache is CacheFormat.INT8))
+    return Runtime(name, checkpoint.config, codec, engine)
+
+
+def _plan(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, options: LoadOptions, name: str
+) -> PlanOptions:
+    """How memory will be used. Raises: MemoryBudgetError if it does not fit, with commands that do."""
+    config, is_cuda = checkpoint.config, device.type == "cuda"
+    weights, cache = _FORMATS[dtype]
+    if options.kv_cache is not None:
+        cache = _cache_format(options.kv_cache, cache)
+    plan_options = PlanOptions(weights, cache, is_cuda=is_cuda, math=_math(options.math))
+    record = config.quantization_config
     if record is not None:
         stored = StoredWeights(WeightFormat.of_record(record), weight_bytes(checkpoint, device, dtype))
         plan_options = replace(plan_options, weights=stored.weights, stored=stored)
-    plan = plan_memory(checkpoint.config, options.num_tokens, plan_options)
-    check_fits(plan, device_memory(device).free_bytes, name)
-    with naming_memory_errors("loading the weights"):
-        engine = Engine(load_model(checkpoint, device, dtype), engine_config)
-    return Runtime(name, checkpoint.config, codec, engine)
+    free = device_memory(device).free_bytes + (CUDA_DRIVER_BYTES if is_cuda else 0)  # the context is there already
+    plan_options = fitted(config, options.num_tokens, free, plan_options, options.chunk_size)
+    check_fits(plan_memory(config, options.num_tokens, plan_options), free, name)
+    return plan_options
+
+
+def _math(name: str | None) -> Math:
+    known: tuple[Math, ...] = get_args(Math)
+    for word in known:
+        if name in (word, None):
+            return DEFAULT_MATH if name is None else word
+    raise RequestError(f"--math is {str(name)[:40]!r}, not one of {', '.join(known)}", "for example: --math int8")
+
+
+def _cache_format(name: str, of_dtype: CacheFormat) -> CacheFormat:
+    """The cache of that name: int8, or 16 bits as the dtype computes in."""
+    if name == CacheFormat.INT8.value:
+        return CacheFormat.INT8
+    if name == of_dtype.value:
+        return of_dtype
+    raise RequestError(
+        f"--kv-cache is {name[:40]!r}, not one of {of_dtype.value}, int8",
+        f"{of_dtype.value} follows from the dtype, see --dtype",
+    )
 
 
 def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -66,8 +66,10 @@ class OpenSession:
 def model_choice(settings: Settings) -> str:
     """The chosen model with the reason, as a line to show."""
     origin = settings.origin("model")
-    reason = "no --model, SALALOCAL_MODEL or setting" if origin == DEFAULT_ORIGIN else f"from {origin}"
-    return f"model: {settings.model} ({reason})"
+    if origin == DEFAULT_ORIGIN:
+        return f"model: {settings.model} (no --model, SALALOCAL_MODEL or setting)"
+    usual = origin.removeprefix(f"{DEFAULT_ORIGIN}: ")  # as session.usual_model says it
+    return f"model: {settings.model} ({usual if usual != origin else f'from {origin}'})"
 
 
 def read_config(folder: ModelFolder) -> SalaConfig:
@@ -113,7 +115,7 @@ def open_session(settings: Settings, sources: Sources, stop: Sequence[str], tell
     from salalocal.session.runtime import LoadOptions, open_runtime  # here, since they import torch
 
     num_tokens = report.total_tokens + QUESTION_TOKENS + answer_room(sampling.max_tokens)
-    options = LoadOptions(settings.device, settings.dtype, settings.chunk_size, num_tokens)
+    options = LoadOptions.of(settings, num_tokens)
     runtime = open_runtime(folder, settings.model, options, codec)
     if is_builtin(settings.model):
         tell(

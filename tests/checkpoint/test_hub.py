@@ -39,10 +39,10 @@ def test_a_cached_model_is_found(cache: Path) -> None:
 def test_a_model_that_is_not_here_is_an_error_with_the_command(cache: Path) -> None:
     with pytest.raises(HubError, match="'acme/other': not in the local Hugging Face cache") as caught:
         find_model("acme/other")
-    assert caught.value.hint.endswith("hf download acme/other") and caught.value.exit_code == 5
+    assert caught.value.hint.endswith("salalocal pull acme/other") and caught.value.exit_code == 5
     with pytest.raises(HubError) as caught:
         find_model("acme/other", offline=True)
-    assert "when online" in caught.value.hint and "hf download acme/other" in caught.value.hint
+    assert "when online" in caught.value.hint and "salalocal pull acme/other" in caught.value.hint
 
 
 def test_a_snapshot_without_a_config_counts_as_not_here(cache: Path) -> None:

@@ -20,6 +20,7 @@ from salalocal.engine.budget import (
 )
 from salalocal.errors import CheckpointError, MemoryBudgetError, RequestError
 from salalocal.model.config import SalaConfig
+from salalocal.quant.recipe import QuantizeOptions, make_steps
 
 RELEASED = SalaConfig.released()
 MIB, GIB = 2**20, 2**30
@@ -56,16 +57,25 @@ def test_the_figures_of_section_15_3(
 
 
 def test_the_figures_of_section_14() -> None:
-    assert weight_bytes(RELEASED, WeightFormat.INT4) == 6_615_093_248
+    """The published GPTQ files leave the 32 gates in bf16; those of `quantize` do not."""
+    gate = 4096 * 4096
+    codes_and_zeros, scales_and_index = (gate + 32 * 4096) // 2, 2 * 32 * 4096 + 4 * 4096
+    saved = 32 * (2 * gate - codes_and_zeros - scales_and_index)
+    assert weight_bytes(RELEASED, WeightFormat.INT4) == 6_615_093_248 - saved
     assert weight_bytes(RELEASED, WeightFormat.FP32) == 2 * weight_bytes(RELEASED, WeightFormat.FP16)
 
 
+def test_integers_are_counted_as_the_quantizer_writes_them() -> None:
+    for weights, bits in ((WeightFormat.INT4, 4), (WeightFormat.INT8, 8)):
+        steps = make_steps(RELEASED, QuantizeOptions(bits=bits, sensitive_bits=bits))
+        assert weight_bytes(RELEASED, weights) == sum(step.result_bytes for step in steps)
+
+
 def test_other_formats_are_counted_by_formula() -> None:
-    packed = 8_338_276_352  # weights of the maps that INT4 packs; a zero point per group of 128 is as wide as a code
+    packed = 8_875_147_264  # weights of the maps of layers; a zero point per group of 128 is as wide as a code
     int8 = weight_bytes(RELEASED, WeightFormat.INT8) - weight_bytes(RELEASED, WeightFormat.INT4)
     assert int8 == packed // 2 + packed // 128 // 2
-    with_gates = 8_875_147_264
-    codebook = 2 * (RELEASED.num_parameters - with_gates) + with_gates // 2 + 4 * with_gates // 64
+    codebook = 2 * (RELEASED.num_parameters - packed) + packed // 2 + 4 * packed // 64
     assert weight_bytes(RELEASED, WeightFormat.NF4) == weight_bytes(RELEASED, WeightFormat.FP4) == codebook
 
 

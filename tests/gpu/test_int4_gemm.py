@@ -6,6 +6,7 @@ from torch import Tensor
 
 from salalocal.kernels.backend import compute_capability
 from salalocal.kernels.int4.activations_by_row import (
+    QuantizedRows,
     quantize_rows,
     quantize_rows_reference,
     rms_norm_quantize_rows,
@@ -15,8 +16,9 @@ from salalocal.kernels.int4.activations_by_row import (
 )
 from salalocal.kernels.int4.gemm import int4_gemm_definition, int4_gemm_triton
 from salalocal.kernels.int4.gemm_launch import GemmLaunch
-from salalocal.kernels.int4.int8_gemm import Residual
-from salalocal.kernels.int4.route import Route, int4_matmul, new_scratch, prepare
+from salalocal.kernels.int4.int8_gemm import Residual, int8_gemm_triton, int8_swiglu_triton
+from salalocal.kernels.int4.linear import new_workspace
+from salalocal.kernels.int4.route import Math, Route, int4_matmul, int4_swiglu, new_scratch, prepare
 from salalocal.kernels.int4.scratch import (
     Int4Weight,
     decode_bf16,
@@ -28,7 +30,9 @@ from salalocal.kernels.int4.scratch import (
     int4_weight,
 )
 from salalocal.kernels.norm import rms_norm_reference
-from salalocal.kernels.swiglu import swiglu_reference
+from salalocal.kernels.swiglu import swiglu, swiglu_reference
+from salalocal.quant.int4 import PackedWeight
+from salalocal.quant.linear import KernelLinear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,10 +47,11 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator(CUDA).manual_seed(seed)
 
 
-def random_int4(num_out: int, num_in: int, group_size: int, generator: torch.Generator) -> Int4Weight:
-    words = torch.randint(-(2**31), 2**31, (num_out, num_in // 8), generator=generator, device=CUDA).to(torch.int32)
+def random_int4(num_out: int, num_in: int, group_size: int, generator: torch.Generator, bits: int = 4) -> Int4Weight:
+    shape = num_out, num_in * bits // 32
+    words = torch.randint(-(2**31), 2**31, shape, generator=generator, device=CUDA).to(torch.int32)
     scales = torch.rand(num_out, num_in // group_size, generator=generator, device=CUDA) * 0.01 + 0.01
-    return int4_weight(words, scales.bfloat16(), group_size)
+    return int4_weight(words, scales.bfloat16(), group_size, bits)
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
@@ -55,10 +60,11 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", [4, 8])
 def test_decoders_make_the_bits_of_the_reference(
-    generator: torch.Generator, shape: tuple[int, int], group_size: int
+    generator: torch.Generator, shape: tuple[int, int], group_size: int, bits: int
 ) -> None:
-    weight = random_int4(*shape, group_size, generator)
+    weight = random_int4(*shape, group_size, generator, bits)
     int8 = torch.full(shape, -128, dtype=torch.int8, device=CUDA)
     assert torch.equal(decode_int8(weight, int8), decode_int8_reference(weight))
     bf16 = torch.full(shape, torch.nan, dtype=torch.bfloat16, device=CUDA)
@@ -114,6 +120,91 @@ def test_routes_agree_with_float64(
         for route in ("fused_bf16", "scratch_bf16"):
             assert relative_error(made[route], exact) < 2 * relative_error(plain, exact)
     assert scratch.split.counters.eq(0).all()
+
+
+@pytest.mark.parametrize("num_rows", [17, 600])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("route", ["scratch_int8", "scratch_bf16"])
+def test_a_small_scratch_and_outputs_that_lie_apart(
+    generator: torch.Generator, num_rows: int, bits: int, route: Route
+) -> None:
+    weight = random_int4(4_608, 4_096, 128, generator, bits)
+    x = prepare(torch.randn(num_rows, 4_096, generator=generator, device=CUDA).bfloat16(), route)
+    wide = torch.full((num_rows, 8_192), torch.nan, dtype=torch.bfloat16, device=CUDA)
+    out, stream = wide[:, 1_024:5_632], torch.randn(num_rows, 4_608, generator=generator, device=CUDA).bfloat16()
+    weights = decode_int8_reference(weight) if route == "scratch_int8" else decode_bf16_reference(weight)
+    exact = (x.codes if isinstance(x, QuantizedRows) else x).double() @ weights.double().t()
+    if isinstance(x, QuantizedRows):
+        exact = exact * x.scales.double().unsqueeze(1) * weight.row_scales.double()
+    small = new_scratch(CUDA, 1_024 * 4_096, "bf16")
+    for residual in (None, Residual(stream, 0.25), Residual(out, 0.25)):
+        if residual is not None:
+            out.copy_(stream)
+        int4_matmul(x, weight, route, small, out, residual)
+        expected = exact if residual is None else stream.double() + 0.25 * exact
+        assert relative_error(out, expected) < 3e-3
+    assert wide[:, :1_024].isnan().all() and wide[:, 5_632:].isnan().all()
+
+
+@pytest.mark.parametrize("num_rows", [17, 1_025, 3_000])
+@pytest.mark.parametrize("held", [12_288, 2_048])
+def test_swiglu_on_the_way_out_makes_the_bits_of_two_steps(
+    generator: torch.Generator, num_rows: int, held: int
+) -> None:
+    weight = random_int4(12_288, 4_096, 128, generator)
+    x = quantize_rows(torch.randn(num_rows, 4_096, generator=generator, device=CUDA).bfloat16())
+    scratch = new_scratch(CUDA, held * 4_096, "int8")
+    both = torch.empty(num_rows, 12_288, dtype=torch.bfloat16, device=CUDA)
+    int4_matmul(x, weight, "scratch_int8", scratch, both)
+    wide = torch.full((num_rows + 1, 8_192), torch.nan, dtype=torch.bfloat16, device=CUDA)
+    made = int4_swiglu(x, weight, scratch, wide[:-1, 1_024:7_168])
+    assert torch.equal(made, swiglu(both[:, :6_144], both[:, 6_144:]))
+    made.fill_(torch.nan)
+    assert wide.isnan().all()
+
+
+@pytest.mark.parametrize("num_rows", [130, 2_048])
+@pytest.mark.parametrize("epilogue", ["plain", "residual", "swiglu"])
+def test_programs_that_walk_make_the_same_bits(generator: torch.Generator, num_rows: int, epilogue: str) -> None:
+    if compute_capability(torch.empty(0, device=CUDA).device) < 90:
+        pytest.skip("no copy engine")
+    x = quantize_rows(torch.randn(num_rows, 4_096, generator=generator, device=CUDA).bfloat16())
+    w = torch.randint(-127, 128, (8_320, 4_096), generator=generator, device=CUDA).to(torch.int8)
+    scales = torch.rand(8_320, generator=generator, device=CUDA)
+    made = []
+    for walks in (False, True):
+        launch = GemmLaunch(128, 128, 128, 8, 4, has_tma=True, walks=walks)
+        width = 4_160 if epilogue == "swiglu" else 8_320
+        out = torch.full((num_rows, width), torch.nan, dtype=torch.bfloat16, device=CUDA)
+        if epilogue == "swiglu":
+            int8_swiglu_triton(x, w, scales, out, launch)
+        else:
+            stream = torch.ones_like(out) if epilogue == "residual" else None
+            int8_gemm_triton(x, w, scales, out, None if stream is None else Residual(stream, 0.5), launch)
+        made.append(out)
+    assert torch.equal(*made) and made[0].isfinite().all()
+
+
+@pytest.mark.parametrize("math", ["bf16", "int8"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("num_rows", [1, 2, 4, 5, 16, 17, 300])
+def test_products_can_stand_in_a_graph(generator: torch.Generator, math: Math, bits: int, num_rows: int) -> None:
+    maps = []
+    workspace = new_workspace(CUDA, 12_288 * 4_096, math)
+    for num_out, num_in in ((12_288, 4_096), (4_096, 12_288)):
+        weight = random_int4(num_out, num_in, 128, generator, bits)
+        maps.append(KernelLinear(PackedWeight(weight.words, weight.scales, bits, 128), math, workspace))
+    x = torch.randn(num_rows, 4_096, generator=generator, device=CUDA).bfloat16()
+    maps[1](maps[0](x))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = maps[1](maps[0](x))
+    for _ in range(3):
+        x.copy_(torch.randn(num_rows, 4_096, generator=generator, device=CUDA))
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, maps[1](maps[0](x)))
 
 
 def test_split_sums_do_not_depend_on_timing(generator: torch.Generator) -> None:

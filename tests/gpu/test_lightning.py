@@ -1,18 +1,10 @@
-"""The lightning kernels on a card, at the released shape: against float64, at odd lengths, from views, cut anywhere."""
+"""The lightning prefill kernels on a card, at the released shape: against float64, odd lengths, views, cut anywhere."""
 
 import pytest
 import torch
 
 from salalocal.kernels.gated_norm import GatedNorm, gated_norm_reference, gated_norm_triton
 from salalocal.kernels.lightning import lightning, lightning_reference, lightning_slopes
-from salalocal.kernels.lightning_decode import (
-    Heads,
-    gated_step_triton,
-    lightning_commit_triton,
-    lightning_decays,
-    lightning_step_triton,
-    lightning_verify_triton,
-)
 from salalocal.kernels.lightning_prefill import Recurrence, lightning_prefill_triton
 from salalocal.kernels.qk_norm_rope import NormRope, qk_norm_rope_reference, qk_norm_rope_triton
 
@@ -85,57 +77,6 @@ def test_outputs_overwrite_poisoned_memory(seed: int) -> None:
     del poison  # the allocator hands the same blocks out again
     o, (after,) = lightning_prefill_triton(q, k, v, Recurrence(lightning_slopes(HEADS).cuda(), SCALE, state))
     assert bool(o.isfinite().all()) and bool(after.isfinite().all())
-
-
-def test_sixteen_steps_a_draft_and_a_commit_leave_the_same_bits(seed: int) -> None:
-    q, k, v, state = draw(seed, 16)
-    decays = lightning_decays(lightning_slopes(HEADS)).cuda()
-    heads = Heads(q, k, v, decays, SCALE, norm_rope(16, 1_000))
-    verified, stepped, committed = lightning_verify_triton(heads, state), state.clone(), state.clone()
-    lightning_commit_triton(heads, committed, torch.tensor([11], dtype=torch.int32, device="cuda"))
-    for i in range(16):
-        piece = slice(i, i + 1)
-        one = Heads(q[:, piece], k[:, piece], v[:, piece], decays, SCALE, norm_rope(1, 1_000 + i))
-        assert torch.equal(lightning_step_triton(one, stepped), verified[:, piece])
-        if i == 10:
-            assert torch.equal(stepped, committed)
-    # The card's own power function gives other frequencies than the CPU's, which the kernels take.
-    turned = [x.cuda() for x in qk_norm_rope_reference(q.cpu(), k.cpu(), norm_rope(16, 1_000, "cpu"))]
-    slopes = lightning_slopes(HEADS, torch.float64).cuda()
-    exact = lightning_reference(turned[0].double(), turned[1].double(), v.double(), slopes, SCALE, state.double())
-    assert relative_error(verified, exact[0]) < 4e-3 and relative_error(stepped, exact[1]) < 1e-3
-
-
-def test_gated_steps_and_a_commit_leave_the_same_bits(seed: int) -> None:
-    q, k, v, state = draw(seed, 16)
-    decays = lightning_decays(lightning_slopes(HEADS)).cuda()
-    stepped, committed = state.clone(), state.clone()
-    count, counters = (torch.tensor([n], dtype=torch.int32, device="cuda") for n in (16, 0))
-    lightning_commit_triton(Heads(q, k, v, decays, SCALE, norm_rope(16, 1_000_000)), committed, count)
-    gated = GatedNorm(weight=torch.rand(HEADS * DIM).bfloat16().cuda(), gate=q[:, :1].flatten(2), eps=1e-6)
-    for i in range(16):
-        piece = slice(i, i + 1)
-        one = Heads(q[:, piece], k[:, piece], v[:, piece], decays, SCALE, norm_rope(1, 1_000_000 + i))
-        gated_step_triton(one, stepped, gated, counters)
-    assert torch.equal(stepped, committed)
-
-
-def test_gated_steps_in_a_graph_are_steps_with_norm_and_gate_behind(seed: int) -> None:
-    q, k, v, state = draw(seed, 1)
-    heads = Heads(q, k, v, lightning_decays(lightning_slopes(HEADS)).cuda(), SCALE, norm_rope(1, 1_000))
-    gated = GatedNorm(weight=torch.rand(HEADS * DIM).bfloat16().cuda(), gate=q.flatten(2), eps=1e-6)
-    counters = torch.zeros(1, dtype=torch.int32, device="cuda")
-    together, apart = state.clone(), state.clone()
-    gated_step_triton(heads, together.clone(), gated, counters)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = gated_step_triton(heads, together, gated, counters)
-    for _ in range(50):
-        graph.replay()
-        expected = gated_norm_triton(lightning_step_triton(heads, apart).flatten(2), gated)
-        # The row is summed up by another number of threads: a rounding may fall the other way.
-        assert relative_error(y, expected) < 1e-3
-    assert torch.equal(together, apart) and int(counters) == 0
 
 
 def test_small_kernels_are_their_references(seed: int) -> None:

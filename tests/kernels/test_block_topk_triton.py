@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import salalocal.kernels.block_topk as room_of_choice
 from salalocal.errors import BackendError
 from salalocal.kernels.block_topk import BlockGeometry, block_topk_reference, block_topk_triton, decode, prefill
 from salalocal.kernels.pooled_keys import num_pooled, pooled_keys_reference
@@ -185,6 +186,43 @@ def test_decode_picks_what_float64_picks_in_a_cache_with_room(num_tokens: int, n
     tensors = (q.float(), torch.cat([k1, room], 1), torch.cat([k2, room], 1), torch.tensor([num_tokens - num_rows]))
     found = decode.block_topk_decode(*(x.to(DEVICE) for x in tensors), GEOMETRY, SCALE).cpu()
     assert num_different(found, exact) <= 1
+
+
+@pytest.mark.parametrize("sparse_from", [0, 129, 200])
+@pytest.mark.parametrize("first", [0, 120, 185, 196, 200])
+def test_decode_is_dense_below_the_switch_wherever_the_step_lies(first: int, sparse_from: int, seed: int) -> None:
+    """The same launches for rows below the reach (128 tokens), below the switch, and across both."""
+    num_rows = 9
+    q, keys = draw(seed, first + num_rows, num_rows)
+    k1, k2 = pooled(keys.float())
+    exact = block_topk_reference(q.float().double(), k1.double(), k2.double(), first, first + num_rows, GEOMETRY, SCALE)
+    room = torch.full((1, 60 - k1.shape[1], 2, 16), math.nan)  # of k1 to come: the same for every position
+    tensors = (q.float(), torch.cat([k1, room], 1), torch.cat([k2, room], 1), torch.tensor([first]))
+    found = decode.block_topk_decode(*(x.to(DEVICE) for x in tensors), GEOMETRY, SCALE, sparse_from).cpu()
+    assert found.shape[-1] == (13 if sparse_from == 200 else 9 if sparse_from == 129 else GEOMETRY.budget)
+    for t in range(num_rows):
+        if first + t < sparse_from:
+            every = list(range((first + t) // 16 + 1))
+            expected = torch.tensor([every + [-1] * (found.shape[-1] - len(every))] * 2)
+        else:
+            expected = torch.nn.functional.pad(exact[0, t], (0, found.shape[-1] - GEOMETRY.budget), value=-1)
+        assert torch.equal(found[0, t], expected), t
+
+
+def test_one_head_a_group_still_fills_a_tile(seed: int) -> None:
+    q, keys = draw(seed, 400, 9, heads=1)
+    found, exact = choose(q, keys, torch.bfloat16)
+    assert num_different(found, exact) <= 1
+
+
+def test_what_the_kernels_do_not_take_is_the_references(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card: fp32 and small heads."""
+    monkeypatch.setattr(room_of_choice, "use_triton", lambda *tensors: True)
+    q, keys = draw(seed, 300, 3)
+    for dtype, dim in ((torch.float32, 16), (torch.bfloat16, 8)):
+        k1, k2 = pooled(keys.to(dtype)[..., :dim])
+        arguments = (q.to(dtype)[..., :dim], k1, k2, 297, 300, GEOMETRY, SCALE)
+        assert torch.equal(room_of_choice.block_topk(*arguments), block_topk_reference(*arguments))
 
 
 def test_decode_gives_ties_to_the_lower_blocks(seed: int) -> None:

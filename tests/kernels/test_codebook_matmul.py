@@ -7,6 +7,7 @@ from torch.nn import functional
 from salalocal.kernels import codebook_matmul as module
 from salalocal.kernels.codebook_matmul import (
     codebook_matmul,
+    codebook_matmul_bitsandbytes,
     codebook_matmul_definition,
     codebook_matmul_reference,
     dequantize_codes,
@@ -15,6 +16,7 @@ from salalocal.kernels.codebook_matmul import (
     row_multiple,
     unpack_pairs,
 )
+from salalocal.quant.codebook import CodebookScheme, round_to_codebook
 
 TOLERANCE = {torch.float64: 3e-7, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 SHAPES = [(72, 256), (37, 52), (5, 6), (64, 32), (3, 50)]
@@ -58,6 +60,31 @@ def test_the_reference_is_the_definition(
         y = multiply(x, codes, absmax, codebook, block_size)
         assert y.dtype == dtype and y.shape == (*rows, shape[0])
         assert relative_error(y, exact) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_bitsandbytes_reads_the_same_bytes(seed: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its form for CPUs stands for that of a card, which has no test without one."""
+    weight = round_to_codebook(torch.randn(48, 128, generator=torch.Generator().manual_seed(seed)),
+                               CodebookScheme(kind), torch.bfloat16)  # fmt: skip
+    parts = (weight.codes, weight.absmax, weight.codebook, 64, kind)
+    x = torch.randn(2, 3, 256, generator=torch.Generator().manual_seed(seed)).bfloat16()[..., ::2]
+    exact = functional.linear(x.double(), weight.dequantize().double())
+    asked: list[str] = []
+
+    def by_bitsandbytes(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, size: int, kind: str):  # type: ignore[no-untyped-def]
+        asked.append(kind)
+        return codebook_matmul_bitsandbytes(x, codes, absmax, size, kind)
+
+    monkeypatch.setattr(module, "codebook_matmul_bitsandbytes", by_bitsandbytes)
+    assert relative_error(codebook_matmul(x, *parts), exact) < 4e-3 and not asked
+    monkeypatch.setattr(module, "use_triton", lambda *_: True)
+    assert relative_error(codebook_matmul(x, *parts), exact) < 8e-3 and asked == [kind]
+    codebook_matmul(x.float(), *parts)
+    codebook_matmul(x[..., :32], *parts)
+    monkeypatch.setattr(module, "_has_bitsandbytes", lambda: False)
+    codebook_matmul(x, *parts)
+    assert asked == [kind]
 
 
 def test_dequantized_codes_are_products_in_float32(seed: int) -> None:

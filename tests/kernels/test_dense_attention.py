@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from salalocal.kernels import dense_attention as module
-from salalocal.kernels.dense_attention import dense_attention_definition, dense_attention_reference
+from salalocal.kernels.dense_attention import (
+    dense_attention_definition,
+    dense_attention_fused,
+    dense_attention_reference,
+)
 
 # Absolute error against float64 for unit normal values. fp32: a few hundred roundings of 6e-8; the half precisions
 # are bounded by the rounding of their inputs' products and of the output.
@@ -50,6 +54,14 @@ def test_reference_is_the_definition(rows: int, first: int, dtype: torch.dtype, 
     expected = dense_attention_definition(q.double(), k.double(), v.double(), 0.3, first)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=BOUNDS[dtype])
+
+
+@pytest.mark.parametrize(("rows", "first"), [(1, 0), (1, 40), (65, 0), (30, 77)])
+def test_the_fused_form_is_the_definition(rows: int, first: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    q, k, v = draw(rows, first + rows + 5, heads=6, groups=2)
+    found = dense_attention_fused(q, k, v, 0.3, first)
+    torch.testing.assert_close(found, dense_attention_definition(q, k, v, 0.3, first), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("limit", [1, 200, 3000])

@@ -1,22 +1,14 @@
-"""The lightning kernels in Triton's interpreter: prefill, decode, drafts, commits; against float64."""
+"""The lightning prefill kernel in Triton's interpreter, against float64."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from salalocal.errors import BackendError
 from salalocal.kernels import lightning_prefill
-from salalocal.kernels.gated_norm import GatedNorm, gated_norm_reference
-from salalocal.kernels.lightning import lightning_reference, lightning_slopes
-from salalocal.kernels.lightning_decode import (
-    Heads,
-    gated_step_triton,
-    lightning_commit_triton,
-    lightning_decays,
-    lightning_step_triton,
-    lightning_verify_triton,
-)
+from salalocal.kernels.lightning import lightning_reference
 from salalocal.kernels.lightning_prefill import (
     LAUNCHES,
     PrefillLaunch,
@@ -28,7 +20,7 @@ from salalocal.kernels.qk_norm_rope import NormRope, qk_norm_rope_reference
 
 SCALE, DIM = 0.2, 32
 SLOPES = torch.tensor([0.84, 0.004])
-SMALL = PrefillLaunch(chunk=16, values=16, num_warps=4, max_registers=255)
+SMALL = PrefillLaunch(segment=32, chunk=16, values=16, lag=1, num_warps=4, sum_stages=1, output_stages=1)
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -84,12 +76,15 @@ def test_raw_heads_are_normed_and_turned_on_the_way(num_tokens: int, has_state: 
     assert_right((o, states[-1]), (q, k, v, state if has_state else torch.zeros_like(state)), turn)
 
 
-@pytest.mark.parametrize("values", (16, 64))
-def test_any_number_of_strands_is_the_recurrence(values: int, seed: int) -> None:
-    inputs = draw(seed, 70)
-    launch = PrefillLaunch(chunk=32, values=values, num_warps=4, max_registers=255)
-    o, states = run_prefill(*inputs[:3], Recurrence(SLOPES, SCALE, inputs[3]), launch)
-    assert_right((o, states[-1]), inputs)
+@pytest.mark.parametrize(("values", "segment", "lag"), [(16, 64, 0), (64, 32, 2), (32, 128, 1)])
+@pytest.mark.parametrize("has_turn", (False, True), ids=("plain", "raw"))
+def test_any_cut_into_programs_is_the_recurrence(
+    values: int, segment: int, lag: int, has_turn: bool, seed: int
+) -> None:
+    inputs, turn = draw(seed, 130), norm_rope(130) if has_turn else None
+    launch = replace(SMALL, segment=segment, chunk=32, values=values, lag=lag)
+    o, states = run_prefill(*inputs[:3], Recurrence(SLOPES, SCALE, inputs[3], turn), launch)
+    assert_right((o, states[-1]), inputs, turn)
 
 
 @pytest.mark.parametrize("num_tokens", (1000, 4097))
@@ -148,48 +143,6 @@ def test_nothing_overflows_for_a_steep_slope(seed: int) -> None:
     assert bool(o.isfinite().all()) and bool(states[-1].isfinite().all())
 
 
-@pytest.mark.parametrize("has_turn", (False, True))
-@pytest.mark.parametrize("num_tokens", (1, 5))
-def test_steps_drafts_and_commits_leave_the_same_bits(num_tokens: int, has_turn: bool, seed: int) -> None:
-    q, k, v, state = draw(seed, num_tokens, batch=2)
-    turn = norm_rope(num_tokens) if has_turn else None
-    decays, stepped, untouched = lightning_decays(SLOPES), state.clone(), state.clone()
-    verified = lightning_verify_triton(Heads(q, k, v, decays, SCALE, turn), untouched)
-    assert torch.equal(untouched, state)
-    parts, states = [], [state]
-    for i in range(num_tokens):
-        piece = slice(i, i + 1)
-        one = norm_rope(1, first=1_000_000 + i) if has_turn else None
-        heads = Heads(q[:, piece], k[:, piece], v[:, piece], decays, SCALE, one)
-        parts.append(lightning_step_triton(heads, stepped))
-        states.append(stepped.clone())
-    assert torch.equal(torch.cat(parts, 1), verified)
-    assert_right((verified, stepped), (q, k, v, state), turn)
-    accepted = [num_tokens // 2, num_tokens + 3]
-    count = torch.tensor(accepted, dtype=torch.int32)
-    lightning_commit_triton(Heads(q, k, v, decays, SCALE, turn), untouched, count)
-    assert torch.equal(untouched[0], states[accepted[0]][0]) and torch.equal(untouched[1], states[-1][1])
-
-
-def test_a_gated_step_is_a_step_then_norm_and_gate(seed: int) -> None:
-    q, k, v, state = draw(seed, 1, batch=2)
-    heads = Heads(q, k, v, lightning_decays(SLOPES), SCALE, norm_rope(1))
-    generator = torch.Generator().manual_seed(seed)
-    gate, weight = torch.randn(2, 1, 2 * DIM, generator=generator).bfloat16(), torch.rand(2 * DIM).bfloat16()
-    gated, counters = GatedNorm(weight=weight, gate=gate, eps=1e-6), torch.zeros(2, dtype=torch.int32)
-    apart, together = state.clone(), state.clone()
-    for _ in range(2):
-        expected = gated_norm_reference(lightning_step_triton(heads, apart).flatten(2), gated)
-        found = gated_step_triton(heads, together, gated, counters)
-        assert torch.equal(together, apart) and counters.tolist() == [0, 0]
-        torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-3)
-
-
-def test_decays_are_rounded_once() -> None:
-    slopes = lightning_slopes(32)
-    assert torch.equal(lightning_decays(slopes), torch.exp(-slopes.double()).float())
-
-
 def test_what_does_not_fit_is_named(seed: int) -> None:
     q, k, v, state = draw(seed, 17)
     with pytest.raises(ValueError, match="slopes"):
@@ -198,8 +151,6 @@ def test_what_does_not_fit_is_named(seed: int) -> None:
         lightning_prefill_triton(q, k, v, Recurrence(SLOPES, 1.0, state.double()))
     with pytest.raises(BackendError, match=r"\(1, 17, 2, 24\)"):
         lightning_prefill_triton(q[..., :24], k[..., :24], v, Recurrence(SLOPES, 1.0, None))
-    with pytest.raises(BackendError, match="1 to 16 tokens, not 17"):
-        lightning_step_triton(Heads(q, k, v, lightning_decays(SLOPES), SCALE), state)
     for wrong in (torch.zeros(1, 1, 2, 256).bfloat16(), torch.zeros(1, 1, 2, 32)):
         with pytest.raises(BackendError, match="bfloat16 heads of at most 128 channels"):
             lightning_prefill_triton(wrong, wrong, wrong, Recurrence(SLOPES, 1.0, None))

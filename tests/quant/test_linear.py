@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from salalocal.checkpoint.checkpoint import Checkpoint
 from salalocal.kernels.cpu_int4_matmul import max_kernel_rows
-from salalocal.kernels.int4.linear import new_workspace
+from salalocal.kernels.int4.linear import int4_linear, new_workspace
+from salalocal.kernels.int4.route import Math
 from salalocal.model.layers import DenseLinear
 from salalocal.quant import weight_layout
 from salalocal.quant.codebook import CodebookLinear, CodebookScheme, round_to_codebook
@@ -79,9 +80,35 @@ def test_the_module_of_the_kernels_holds_the_weights_once_and_multiplies_anywher
     linear = KernelLinear(weight, "bf16", new_workspace(torch.device("cpu"), 64 * 256, "bf16"))
     assert linear.words is weight.words and set(linear.state_dict()) == {"words", "scales"}
     extra = sum(buffer.nbytes for buffer in linear.buffers()) - weight.words.nbytes - weight.scales.nbytes
-    assert extra == (64 * 8 if bits == 4 else 0)
+    assert extra == 64 * 8
     x = torch.randn(5, 256, generator=torch.Generator().manual_seed(seed)).bfloat16()
     assert torch.equal(linear(x), QuantizedLinear(weight)(x))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("math", ["bf16", "int8"])
+@pytest.mark.parametrize("rows", [1, 3, 9, 40])
+def test_stacked_maps_give_the_outputs_of_each(seed: int, bits: int, math: Math, rows: int) -> None:
+    workspace = new_workspace(torch.device("cpu"), 96 * 256, math)
+    weights = [random_weight(n, 256, IntScheme(bits, 128), seed + n).packed() for n in (64, 24, 8)]
+    maps = [KernelLinear(weight, math, workspace) for weight in weights]
+    apart = [int4_linear(x, one, one.folded, math, workspace) for x in [rows_of(seed, rows)] for one in maps]
+    stacked = KernelLinear.stack(maps)
+    x = rows_of(seed, rows)
+    assert torch.equal(int4_linear(x, stacked, stacked.folded, math, workspace), torch.cat(apart, dim=-1))
+    base = stacked.words.untyped_storage().data_ptr()
+    for one, weight, y in zip(maps, weights, apart, strict=True):
+        assert torch.equal(one.words, weight.words) and one.words.untyped_storage().data_ptr() == base
+        assert torch.equal(int4_linear(x, one, one.folded, math, workspace), y)
+
+
+def test_maps_of_other_formats_are_not_stacked(seed: int) -> None:
+    workspace = new_workspace(torch.device("cpu"), 64 * 256, "bf16")
+    schemes = (IntScheme(4, 128), IntScheme(8, 128), IntScheme(4, 64))
+    first, *others = [KernelLinear(random_weight(8, 256, one, seed).packed(), "bf16", workspace) for one in schemes]
+    for other in others:
+        with pytest.raises(ValueError, match="different formats"):
+            KernelLinear.stack([first, other])
 
 
 def test_a_matrix_without_a_kernel_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -104,6 +131,10 @@ def test_the_factory_makes_what_the_folder_holds(tmp_path: Path) -> None:
     assert isinstance(dense, DenseLinear) and dense.weight.is_meta and dense.weight.shape == (80, 48)
     loaded = [factory(name, *reversed(matrix.shape)) for name, matrix in layout.matrices.items()]
     assert 0 < sum(buffer.nbytes for linear in loaded for buffer in linear.buffers()) <= quantized_bytes(layout)
+
+
+def rows_of(seed: int, num_rows: int) -> torch.Tensor:
+    return torch.randn(num_rows, 256, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
 def down_projections(tmp_path: Path) -> WeightLayout:

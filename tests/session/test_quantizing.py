@@ -21,12 +21,11 @@ from salalocal.session.quantizing import (
     QuantizeRequest,
     quantize_model,
     usual_method,
-    with_usual_original,
 )
 from salalocal.session.runtime import LoadOptions, open_runtime
 from salalocal.session.start import Sources
 from salalocal.session.texts import Ids
-from salalocal.settings import Settings, load_settings
+from salalocal.settings import Settings
 
 RTN = QuantizeOptions(group_size=8)
 GPTQ = QuantizeOptions(method="gptq", group_size=8)
@@ -51,7 +50,7 @@ def texts(folder: Path, words: int) -> Sources:
 
 
 def test_the_result_stands_among_the_users_data(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantizing.platformdirs, "user_data_path", lambda *_, **__: tmp_path / "data")
+    monkeypatch.setattr(quantizing, "models_folder", lambda: tmp_path / "data" / "models")
     made, told = quantize(model, QuantizeRequest(RTN))
     assert made.folder == tmp_path / "data" / "models" / "tiny-int4-g8-rtn"
     assert told == [f"result: {made.folder}"]
@@ -186,15 +185,12 @@ def test_what_cannot_be_made_is_refused_before_the_text_is_read(
     assert "--out" in raised.value.hint
 
 
-def test_without_a_choice_it_is_what_the_built_in_model_was_made_of() -> None:
-    assert with_usual_original(load_settings({}, {})).model == "builtin:bf16"
-    assert with_usual_original(load_settings({"model": "builtin"}, {})).model == "builtin"
-    assert with_usual_original(load_settings({}, {"SALALOCAL_MODEL": "builtin"})).model == "builtin"
+def test_the_method_goes_by_the_original() -> None:
     told: list[str] = []
     with pytest.raises(RequestError, match="model builtin: quantized already") as raised:
         usual_method(Settings(model="builtin", device="cpu"), told.append)
     assert raised.value.hint == "salalocal quantize --model builtin:bf16" and not told
-    assert usual_method(with_usual_original(load_settings({"device": "cpu"}, {})), told.append) == "gptq"
+    assert usual_method(Settings(model="builtin:bf16", device="cpu"), told.append) == "gptq"
 
 
 def test_who_stops_it_is_told_that_it_goes_on(model: Path, tmp_path: Path) -> None:

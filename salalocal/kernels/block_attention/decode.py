@@ -1,7 +1,8 @@
 """Attention over picked blocks for one or a few rows on a GPU, spread over the whole card; see the package.
 
 Two launches, valid for every position, which is read from the device: the blocks of a row are dealt out to programs,
-each of which leaves its peak, sum and unscaled output; a second launch joins them.
+each of which leaves its peak, sum and unscaled output; a second launch joins them and applies the output gate.
+Codes of an 8-bit cache enter the products as they are; their scales multiply scores and weights.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from salalocal.kernels.backend import compute_capability, entry_of_card, tl, triton
 from salalocal.kernels.block_attention.prefill import LOG2_E, check_supported
+from salalocal.kernels.int4.activations_by_group import dependent_launch
+from salalocal.kernels.kv_cache import KeyValues
 
 MAX_ROWS = 16  # a step of speculative decoding; more rows are prefill's
 _LEAST_TILE = 16  # what tl.dot takes at least
@@ -23,22 +26,25 @@ class DecodeLaunch:
 
     parts: int
     num_warps: int
-    num_stages: int
 
 
 # By compute capability; the one at or below the card's is taken.
-LAUNCH = {80: DecodeLaunch(parts=96, num_warps=4, num_stages=1)}
+LAUNCH = {80: DecodeLaunch(parts=96, num_warps=4)}
 
 
 @triton.jit
 def _attend_part_kernel(
-    q_ptr, k_ptr, v_ptr, picks_ptr, position_ptr, outs_ptr, weights_ptr, num_picks, log2_scale,
-    stride_qt, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_pt, stride_pg,
+    q_ptr, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, picks_ptr, position_ptr, outs_ptr, weights_ptr, num_picks,
+    log2_scale, stride_qt, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_sn, stride_sh, stride_pt,
+    stride_pg,
     HEADS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: every `parts`-th block of one row and KV head. Outs [T, Hkv, parts, HEADS, D] of which the peaks and
     sums stand in weights [T, Hkv, parts, 2, HEADS]."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     part, row, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     parts = tl.num_programs(0)
     position = tl.load(position_ptr).to(tl.int32) + row
@@ -51,20 +57,26 @@ def _attend_part_kernel(
     peak = tl.full([TILE], -1.0e30, tl.float32)
     total = tl.zeros([TILE], tl.float32)
     out = tl.zeros([TILE, DIM], tl.float32)
-    for i in tl.range(part, num_picks, parts, num_stages=STAGES):
-        block = tl.load(picks_ptr + i).to(tl.int32)
-        tokens = block * BLOCK + tl.arange(0, BLOCK)
-        is_seen = (tokens >= 0) & (tokens <= position)
-        k = tl.load(k_ptr + tokens[:, None] * stride_kn + dims[None, :], mask=is_seen[:, None], other=0.0)
-        v = tl.load(v_ptr + tokens[:, None] * stride_vn + dims[None, :], mask=is_seen[:, None], other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2_scale
-        scores = tl.where(is_seen[None, :], scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_peak[:, None])
-        rescale = tl.exp2(peak - new_peak)
-        total = total * rescale + tl.sum(weights, 1)
-        out = tl.dot(weights.to(v.dtype), v, out * rescale[:, None], input_precision=PRECISION)
-        peak = new_peak
+    for i in tl.range(part, num_picks, parts, num_stages=1):
+        block = tl.load(picks_ptr + i)
+        if block >= 0:
+            tokens = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            is_seen = tokens <= position
+            k = tl.load(k_ptr + tokens[:, None] * stride_kn + dims[None, :], mask=is_seen[:, None], other=0.0)
+            v = tl.load(v_ptr + tokens[:, None] * stride_vn + dims[None, :], mask=is_seen[:, None], other=0.0)
+            scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * log2_scale
+            if k_scales_ptr is not None:
+                scales_at = group * stride_sh + tokens * stride_sn
+                scores *= tl.load(k_scales_ptr + scales_at, mask=is_seen, other=0.0).to(tl.float32)[None, :]
+            scores = tl.where(is_seen[None, :], scores, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(scores, 1))
+            weights = tl.exp2(scores - new_peak[:, None])
+            rescale = tl.exp2(peak - new_peak)
+            total = total * rescale + tl.sum(weights, 1)
+            if v_scales_ptr is not None:
+                weights *= tl.load(v_scales_ptr + scales_at, mask=is_seen, other=0.0).to(tl.float32)[None, :]
+            out = tl.dot(weights.to(q.dtype), v.to(q.dtype), out * rescale[:, None], input_precision=PRECISION)
+            peak = new_peak
     at = (row * tl.num_programs(2) + group) * parts + part
     out_at = at * (HEADS * DIM) + head[:, None] * DIM + dims[None, :]
     tl.store(outs_ptr + out_at, out, mask=head[:, None] < HEADS)
@@ -74,10 +86,13 @@ def _attend_part_kernel(
 
 @triton.jit
 def _join_parts_kernel(
-    outs_ptr, weights_ptr, out_ptr, parts, stride_ot, stride_oh,
-    HEADS: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr,
+    outs_ptr, weights_ptr, gate_ptr, out_ptr, parts, stride_gt, stride_ot, stride_oh,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: one head of one row, its parts weighed by their sums."""
+    """One program: one head of one row, its parts weighed by their sums, times the gate if there is one."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     head, row = tl.program_id(0), tl.program_id(1)
     num_groups = tl.num_programs(0) // HEADS
     at = (row * num_groups + head // HEADS) * parts + tl.arange(0, PARTS)
@@ -90,42 +105,59 @@ def _join_parts_kernel(
     outs_at = (at * HEADS + lane)[:, None] * DIM + dims[None, :]
     outs = tl.load(outs_ptr + outs_at, mask=is_there[:, None], other=0.0)
     out = tl.sum(outs * weights[:, None], 0) / tl.sum(totals * weights, 0)
-    tl.store(out_ptr + row * stride_ot + head * stride_oh + dims, out.to(out_ptr.dtype.element_ty))
+    out = out.to(out_ptr.dtype.element_ty)
+    if gate_ptr is not None:  # rounded where kernels/gate.py rounds
+        gate = tl.load(gate_ptr + row * stride_gt + head * DIM + dims)
+        gate = (1 / (1 + tl.exp(-gate.to(tl.float32)))).to(gate.dtype)
+        out = (out.to(tl.float32) * gate.to(tl.float32)).to(out.dtype)
+    tl.store(out_ptr + row * stride_ot + head * stride_oh + dims, out)
 
 
 def block_attention_decode(
-    q: Tensor, k: Tensor, v: Tensor, picks: Tensor, position: Tensor, block_size: int, scale: float
+    q: Tensor,
+    cached: KeyValues,
+    picks: Tensor,
+    position: Tensor,
+    block_size: int,
+    scale: float,
+    gate: Tensor | None = None,
 ) -> Tensor:
-    """Attend from up to 16 rows, the first of which sits at `position`; k and v may hold room for more tokens.
+    """Attend from up to 16 rows, the first of which sits at `position`; the cache may hold room for more tokens.
 
-    Shapes: q [1, T, Hq, D]; k, v [1, N, Hkv, D]; picks integer [1, T, Hkv, S], -1 for none; position int32 or int64 [1]
-    on the device; result as q. Raises: ValueError for shapes that do not fit; BackendError for what is not supported.
+    Shapes: q [1, T, Hq, D]; cached as `KeyValues` says, of one sequence; picks integer [1, T, Hkv, S], -1 for none;
+    position int32 or int64 [1] on the device; gate [T, Hq * D] of what `kernels.gate` applies to the result; result
+    as q. Raises: ValueError for shapes that do not fit; BackendError for what is not supported.
     """
     batch, num_rows, num_heads, dim = q.shape
-    num_groups = k.shape[2]
+    num_groups = cached.keys.shape[2]
     if batch != 1 or not 1 <= num_rows <= MAX_ROWS or picks.shape[:3] != (1, num_rows, num_groups):
         raise ValueError(f"q {tuple(q.shape)} and picks {tuple(picks.shape)}: 1 to {MAX_ROWS} rows of one sequence")
-    check_supported(q, k, v, picks, block_size)
+    if gate is not None and (gate.shape != (num_rows, num_heads * dim) or gate.stride(-1) != 1):
+        raise ValueError(f"gate is {tuple(gate.shape)}, needed is {(num_rows, num_heads * dim)}, its last axis dense")
+    check_supported(q, cached, picks, block_size)
     launch = entry_of_card(LAUNCH, compute_capability(q.device))
-    constants = decode_constants(launch, num_heads // num_groups, dim, block_size, q.dtype)
+    constants = decode_constants(num_heads // num_groups, dim, block_size, q.dtype)
     parts = max(1, launch.parts // num_rows)
     heads = num_heads // num_groups
     outs = torch.empty(num_rows, num_groups, parts, heads, dim, dtype=torch.float32, device=q.device)
     weights = torch.empty(num_rows, num_groups, parts, 2, heads, dtype=torch.float32, device=q.device)
-    out = torch.empty_like(q)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    k, v, k_scales, v_scales = cached.keys, cached.values, cached.key_scales, cached.value_scales
+    pdl = dependent_launch(q.device)
     _attend_part_kernel[(parts, num_rows, num_groups)](
-        q, k, v, picks, position, outs, weights, picks.shape[3], scale * LOG2_E,
-        *q.stride()[1:3], *k.stride()[1:3], *v.stride()[1:3], *picks.stride()[1:3],
-        **constants, num_warps=launch.num_warps, num_stages=launch.num_stages,
+        q, k, v, k_scales, v_scales, picks, position, outs, weights, picks.shape[3], scale * LOG2_E,
+        *q.stride()[1:3], *k.stride()[1:3], *v.stride()[1:3],
+        *((0, 0) if k_scales is None else k_scales.stride()[1:3]), *picks.stride()[1:3],
+        **constants, num_warps=launch.num_warps, **pdl,
     )  # fmt: skip
     _join_parts_kernel[(num_heads, num_rows)](
-        outs, weights, out, parts, *out.stride()[1:3],
-        HEADS=heads, DIM=dim, PARTS=triton.next_power_of_2(parts), num_warps=4,
+        outs, weights, gate, out, parts, 0 if gate is None else gate.stride(0), *out.stride()[1:3],
+        HEADS=heads, DIM=dim, PARTS=triton.next_power_of_2(parts), num_warps=4, **pdl,
     )  # fmt: skip
     return out
 
 
-def decode_constants(launch: DecodeLaunch, heads: int, dim: int, block_size: int, dtype: torch.dtype) -> dict[str, Any]:
+def decode_constants(heads: int, dim: int, block_size: int, dtype: torch.dtype) -> dict[str, Any]:
     """The compile-time arguments of the first kernel."""
     return {
         "HEADS": heads,
@@ -133,5 +165,4 @@ def decode_constants(launch: DecodeLaunch, heads: int, dim: int, block_size: int
         "DIM": dim,
         "BLOCK": block_size,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-        "STAGES": launch.num_stages,
     }

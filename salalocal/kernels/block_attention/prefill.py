@@ -15,9 +15,10 @@ from torch import Tensor
 
 from salalocal.errors import BackendError
 from salalocal.kernels.backend import compute_capability, entry_of_card, tl, triton
+from salalocal.kernels.kv_cache import KeyValues
 
 LOG2_E = 1.4426950408889634
-_FINEST_DIM = 16  # what tl.dot takes at least
+FINEST_SIZE = 16  # what tl.dot takes at least
 _NO_BLOCK = 2**20  # more than any block number, with room for the bits of a row beside it
 
 
@@ -74,7 +75,8 @@ def _merge_blocks_kernel(
 
 @triton.jit
 def _attend_block(
-    q, k_ptr, v_ptr, entry, stride_kn, stride_vn, num_keys, positions, tile_row, peak, total, out, log2_scale,
+    q, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, entry, stride_kn, stride_vn, stride_sn, num_keys, positions, tile_row,
+    peak, total, out, log2_scale,
     BLOCK: tl.constexpr, DIM: tl.constexpr, IS_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into the running softmax of a tile; IS_LAST applies the causal mask and the end of the keys."""
@@ -87,7 +89,9 @@ def _attend_block(
     else:
         k = tl.load(k_ptr + tokens[:, None] * stride_kn + dims[None, :])
         v = tl.load(v_ptr + tokens[:, None] * stride_vn + dims[None, :])
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2_scale
+    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * log2_scale
+    if k_scales_ptr is not None:
+        scores *= tl.load(k_scales_ptr + tokens * stride_sn, mask=is_there, other=0.0).to(tl.float32)[None, :]
     has_picked = ((entry >> tile_row) & 1) > 0
     scores = tl.where(has_picked[:, None], scores, float("-inf"))
     if IS_LAST:
@@ -96,16 +100,18 @@ def _attend_block(
     weights = tl.exp2(scores - new_peak[:, None])
     rescale = tl.exp2(peak - new_peak)
     total = total * rescale + tl.sum(weights, 1)
-    out = tl.dot(weights.to(v.dtype), v, out * rescale[:, None], input_precision=PRECISION)
+    if v_scales_ptr is not None:
+        weights *= tl.load(v_scales_ptr + tokens * stride_sn, mask=is_there, other=0.0).to(tl.float32)[None, :]
+    out = tl.dot(weights.to(q.dtype), v.to(q.dtype), out * rescale[:, None], input_precision=PRECISION)
     return new_peak, total, out
 
 
 @triton.jit
 def _block_attention_prefill_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, union_ptr, counts_ptr, first_position, num_rows, num_keys, num_groups, capacity,
-    log2_scale,
+    q_ptr, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, out_ptr, union_ptr, counts_ptr, first_position, num_rows, num_keys,
+    num_groups, capacity, log2_scale,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-    stride_ob, stride_ot, stride_oh,
+    stride_sb, stride_sn, stride_sh, stride_ob, stride_ot, stride_oh,
     ROWS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -120,6 +126,9 @@ def _block_attention_prefill_kernel(
     q = tl.load(q_ptr + q_at[:, None] + dims[None, :], mask=rows[:, None] < num_rows, other=0.0)
     k_ptr += batch.to(tl.int64) * stride_kb + group * stride_kh
     v_ptr += batch.to(tl.int64) * stride_vb + group * stride_vh
+    if k_scales_ptr is not None:
+        k_scales_ptr += batch.to(tl.int64) * stride_sb + group * stride_sh
+        v_scales_ptr += batch.to(tl.int64) * stride_sb + group * stride_sh
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     union_ptr += program * capacity
     count = tl.load(counts_ptr + program)
@@ -133,14 +142,14 @@ def _block_attention_prefill_kernel(
     for i in tl.range(0, num_complete, num_stages=STAGES):
         entry = tl.load(union_ptr + i)
         peak, total, out = _attend_block(
-            q, k_ptr, v_ptr, entry, stride_kn, stride_vn, num_keys, positions, tile_row, peak, total, out, log2_scale,
-            BLOCK, DIM, False, PRECISION,
+            q, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, entry, stride_kn, stride_vn, stride_sn, num_keys, positions,
+            tile_row, peak, total, out, log2_scale, BLOCK, DIM, False, PRECISION,
         )  # fmt: skip
     for i in tl.range(num_complete, count, num_stages=1):
         entry = tl.load(union_ptr + i)
         peak, total, out = _attend_block(
-            q, k_ptr, v_ptr, entry, stride_kn, stride_vn, num_keys, positions, tile_row, peak, total, out, log2_scale,
-            BLOCK, DIM, True, PRECISION,
+            q, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, entry, stride_kn, stride_vn, stride_sn, num_keys, positions,
+            tile_row, peak, total, out, log2_scale, BLOCK, DIM, True, PRECISION,
         )  # fmt: skip
     out = out / total[:, None]
     out_at = batch * stride_ob + rows * stride_ot + heads * stride_oh
@@ -165,26 +174,28 @@ def merge_blocks(blocks: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def block_attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, first_position: int, block_size: int, scale: float
+    q: Tensor, cached: KeyValues, blocks: Tensor, first_position: int, block_size: int, scale: float
 ) -> Tensor:
-    """See `block_attention_reference`; q, k and v in bf16, fp16 or fp32 with the last axis dense.
+    """See `block_attention_reference`; all in bf16, fp16 or fp32, or keys and values in int8 with scales.
 
     Raises: ValueError as the reference; BackendError for shapes or dtypes that the kernel does not know.
     """
     batch, num_rows, num_heads, dim = q.shape
+    k, v, k_scales, v_scales = cached.keys, cached.values, cached.key_scales, cached.value_scales
     num_groups = k.shape[2]
     if num_heads % num_groups or blocks.shape[:3] != (batch, num_rows, num_groups):
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and blocks {tuple(blocks.shape)} do not fit together")
     if k.shape[1] < first_position + num_rows:
         raise ValueError(f"{num_rows} queries from position {first_position} on, but only {k.shape[1]} keys")
-    check_supported(q, k, v, blocks, block_size)
+    check_supported(q, cached, blocks, block_size)
     launch = entry_of_card(LAUNCH, compute_capability(q.device))
     union, counts = merge_blocks(blocks, launch.rows)
     out = torch.empty_like(q)
     constants = prefill_constants(launch, num_heads // num_groups, dim, block_size, q.dtype)
     _block_attention_prefill_kernel[(counts.shape[1], counts.shape[0])](
-        q, k, v, out, union, counts, first_position, num_rows, k.shape[1], num_groups, union.shape[2], scale * LOG2_E,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        q, k, v, k_scales, v_scales, out, union, counts, first_position, num_rows, k.shape[1], num_groups,
+        union.shape[2], scale * LOG2_E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        *((0, 0, 0) if k_scales is None else k_scales.stride()), *out.stride()[:3],
         **constants, num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     return out
@@ -204,17 +215,23 @@ def prefill_constants(
     }
 
 
-def check_supported(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int) -> None:
+def check_supported(q: Tensor, cached: KeyValues, blocks: Tensor, block_size: int) -> None:
     """Raises BackendError for what no kernel of the block attention knows."""
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not q.dtype == k.dtype == v.dtype:
-        raise BackendError(f"block attention of {q.dtype}, {k.dtype}, {v.dtype}: one of bf16, fp16, fp32 is needed")
+    k, v = cached.keys, cached.values
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or k.dtype not in (q.dtype, torch.int8):
+        raise BackendError(
+            f"block attention of {q.dtype} and {k.dtype}: one of bf16, fp16, fp32 is needed, or int8 keys"
+        )
     if any(x.stride(-1) != 1 for x in (q, k, v, blocks)):
         raise BackendError("block attention: the last axis of q, k, v and blocks must be dense")
+    strides = {scales.stride() for scales in (cached.key_scales, cached.value_scales) if scales is not None}
+    if len(strides) > 1:
+        raise BackendError("block attention: the scales of keys and values must lie alike")
     sizes = {"heads per KV head": q.shape[2] // k.shape[2], "head size": q.shape[3], "block size": block_size}
     for name, size in sizes.items():
         if size & (size - 1) or size > 256:
             raise BackendError(f"block attention: {name} is {size}, a power of two up to 256 is needed")
-    if min(q.shape[3], block_size) < _FINEST_DIM:
+    if min(q.shape[3], block_size) < FINEST_SIZE:
         raise BackendError(f"block attention: head size {q.shape[3]}, block size {block_size}: at least 16 are needed")
     if k.shape[1] > _NO_BLOCK * block_size:
         raise BackendError(f"block attention: {k.shape[1]:,} keys, at most {_NO_BLOCK * block_size:,} are supported")

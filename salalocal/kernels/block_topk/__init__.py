@@ -11,6 +11,9 @@ m = block_size / kernel_stride:
     picked = init blocks, blocks b - local_blocks .. b, then the largest P_x, ties to the lower x; `budget` in all
 Shapes: q [B, T, Hq, D]; k1 [B, N1, Hkv, D]; k2 [B, N2, Hkv, D], any strides; result int64 [B, T, Hkv, budget],
 ascending, -1 behind the last. Source: arXiv 2509.24663; MiniCPM-SALA specification 9.2 to 9.5.
+
+On a card the kernels take bf16 and fp16, from head size 16 on; the rest is the reference's. In fp32 they would need
+more shared memory than cards have.
 """
 
 import torch
@@ -19,7 +22,7 @@ from torch import Tensor
 from salalocal.kernels.backend import use_triton
 from salalocal.kernels.block_topk.decode import MAX_ROWS, block_topk_decode
 from salalocal.kernels.block_topk.geometry import BlockGeometry
-from salalocal.kernels.block_topk.prefill import block_topk_triton
+from salalocal.kernels.block_topk.prefill import FINEST_DIM, block_topk_triton
 from salalocal.kernels.block_topk.reference import block_topk_definition, block_topk_reference
 
 __all__ = [
@@ -36,7 +39,8 @@ def block_topk(
     q: Tensor, k1: Tensor, k2: Tensor, first_position: int, num_tokens: int, geometry: BlockGeometry, scale: float
 ) -> Tensor:
     """What the model calls; see `block_topk_reference`."""
-    if not use_triton(q, k1, k2):
+    is_known = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] >= FINEST_DIM
+    if not (is_known and use_triton(q, k1, k2)):
         return block_topk_reference(q, k1, k2, first_position, num_tokens, geometry, scale)
     if q.shape[0] == 1 and q.shape[1] <= MAX_ROWS:
         position = torch.full((1,), first_position, device=q.device)

@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from salalocal.errors import BackendError
 from salalocal.kernels.backend import HAS_INLINE_ASM, compute_capability, entry_of_card, num_multiprocessors, tl, triton
 from salalocal.kernels.block_topk.geometry import BlockGeometry
 from salalocal.kernels.block_topk.prefill import LOG2_E, check_supported
 from salalocal.kernels.block_topk.reference import heads_per_group
-from salalocal.kernels.block_topk.scoring import LOWEST, is_among_largest, log_sum_over_heads
+from salalocal.kernels.block_topk.scoring import LOWEST, largest_of_lists, log_sum_over_heads, row_and_head
+from salalocal.kernels.int4.activations_by_group import dependent_launch
 
 MAX_ROWS = 16  # a step of speculative decoding; more rows are prefill's
+_MOST_BLOCKS = 2**16  # that the search for the largest can count
 _TILE_ROWS = 4  # rows that one program works on; more would not fit the registers with 16 heads each
 
 
@@ -42,8 +45,9 @@ def _load_queries(
     q_ptr, stride_qt, stride_qh, group, first_row, num_rows, TILE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr
 ):
     """All heads of a KV head of some rows, [TILE, DIM]; rows behind the last are zeros."""
-    row, head = first_row + tl.arange(0, TILE) // HEADS, group * HEADS + tl.arange(0, TILE) % HEADS
-    at = (row * stride_qt + head * stride_qh)[:, None] + tl.arange(0, DIM)[None, :]
+    row, head = row_and_head(TILE, TILE // HEADS, HEADS)
+    row += first_row
+    at = (row * stride_qt + (group * HEADS + head) * stride_qh)[:, None] + tl.arange(0, DIM)[None, :]
     return tl.load(q_ptr + at, mask=row[:, None] < num_rows, other=0.0)
 
 
@@ -51,16 +55,20 @@ def _load_queries(
 def _normalise_kernel(
     q_ptr, k2_ptr, position_ptr, parts_ptr, num_rows, log2_scale, stride_qt, stride_qh, stride_kn, stride_kh,
     TILE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, COARSE_SIZE: tl.constexpr,
-    COARSE_STRIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    COARSE_STRIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: peak and sum, in binary logarithms, of a slice of k2 for some rows and a KV head.
 
     Parts [row tiles, Hkv, slices, 2, TILE].
     """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     part, group, first_row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * (TILE // HEADS)
     first = tl.load(position_ptr).to(tl.int32)
     q = _load_queries(q_ptr, stride_qt, stride_qh, group, first_row, num_rows, TILE, HEADS, DIM)
-    seen = (first + first_row + tl.arange(0, TILE) // HEADS + 1 - COARSE_SIZE) // COARSE_STRIDE + 1
+    row, _ = row_and_head(TILE, TILE // HEADS, HEADS)
+    seen = (first + first_row + row + 1 - COARSE_SIZE) // COARSE_STRIDE + 1
     num_keys = (first + num_rows - COARSE_SIZE) // COARSE_STRIDE + 1
     per_part = tl.cdiv(tl.cdiv(num_keys, KEYS), tl.num_programs(0)) * KEYS
     k2_ptr += group * stride_kh
@@ -87,12 +95,15 @@ def _score_kernel(
     stride_qt, stride_qh, stride_kn, stride_kh,
     ROWS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
     PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr, LOCAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    HAS_ASM: tl.constexpr,
+    HAS_ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: a slice of k1 for some rows and a KV head. starts and ends [rows, Hkv, capacity]: of every block the
     best window that starts in it, and the last such, which reaches into the next block."""
     TILE: tl.constexpr = ROWS * HEADS
     BLOCKS: tl.constexpr = KEYS // PER_BLOCK
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     part, group, first_row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * ROWS
     first = tl.load(position_ptr).to(tl.int32)
     q = tl.trans(_load_queries(q_ptr, stride_qt, stride_qh, group, first_row, num_rows, TILE, HEADS, DIM))
@@ -126,38 +137,44 @@ def _score_kernel(
 
 @triton.jit
 def _choose_kernel(
-    starts_ptr, ends_ptr, position_ptr, picks_ptr, num_groups, capacity, stride_pt, stride_pg,
-    BLOCKS: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, FREE: tl.constexpr,
-    BUDGET: tl.constexpr, BUDGET_TILE: tl.constexpr,
+    starts_ptr, ends_ptr, position_ptr, picks_ptr, num_groups, num_picks, sparse_from, capacity, stride_pt, stride_pg,
+    BLOCKS: tl.constexpr, PICKS_TILE: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
+    FREE: tl.constexpr, BUDGET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: the picks of one row and KV head, ascending; ties go to the lower block."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row, group = tl.program_id(0), tl.program_id(1)
-    own = (tl.load(position_ptr).to(tl.int32) + row) // BLOCK
+    position = tl.load(position_ptr).to(tl.int32) + row
+    own = position // BLOCK
     picks_ptr += row * stride_pt + group * stride_pg
-    columns = tl.arange(0, BUDGET_TILE)
-    if own < BUDGET:  # every block fits
-        tl.store(picks_ptr + columns, tl.where(columns <= own, columns, -1).to(tl.int64), mask=columns < BUDGET)
+    columns = tl.arange(0, PICKS_TILE)
+    if (own < BUDGET) | (position < sparse_from):  # every block
+        tl.store(picks_ptr + columns, tl.where(columns <= own, columns, -1).to(tl.int64), mask=columns < num_picks)
     else:
-        block = tl.arange(0, BLOCKS)[None, :]
+        block = tl.arange(0, BLOCKS)[None, None, :]
         can_be = (block >= INIT) & (block < own - LOCAL)
         at = (row * num_groups + group) * capacity + block
         start = tl.load(starts_ptr + at, mask=can_be, other=0.0)
         end = tl.load(ends_ptr + at - 1, mask=can_be & (block > 0), other=LOWEST)
-        is_picked = is_among_largest(tl.maximum(start, end), can_be, FREE, 1)
-        to = INIT + tl.cumsum(is_picked.to(tl.int32), 1) - 1
-        tl.store(picks_ptr + to, block.to(tl.int64), mask=is_picked)
+        is_picked, place, _, _ = largest_of_lists(tl.maximum(start, end), can_be, FREE, 1, 1)
+        tl.store(picks_ptr + INIT + place, block.to(tl.int64), mask=is_picked)
         forced = tl.where(columns < INIT, columns, own - LOCAL + columns - INIT - FREE)
-        is_forced = ((columns < INIT) | (columns >= INIT + FREE)) & (columns < BUDGET)
+        forced = tl.where(columns < BUDGET, forced, -1)
+        is_forced = ((columns < INIT) | (columns >= INIT + FREE)) & (columns < num_picks)
         tl.store(picks_ptr + columns, forced.to(tl.int64), mask=is_forced)
 
 
 def block_topk_decode(
-    q: Tensor, k1: Tensor, k2: Tensor, position: Tensor, geometry: BlockGeometry, scale: float
+    q: Tensor, k1: Tensor, k2: Tensor, position: Tensor, geometry: BlockGeometry, scale: float, sparse_from: int = 0
 ) -> Tensor:
     """The blocks of up to 16 rows, the first of which sits at `position`; k1 and k2 may hold room for more keys.
 
-    Launches are the same for every position. Shapes: q [1, T, Hq, D]; k1 [1, N1, Hkv, D]; k2 [1, N2, Hkv, D];
-    position int32 or int64 [1] on the device; result int64 [1, T, Hkv, budget], -1 behind the last.
+    Launches are the same for every position. A row whose position is below `sparse_from` picks every block up to its
+    own, which is dense attention, and the result has room for them.
+    Shapes: q [1, T, Hq, D]; k1 [1, N1, Hkv, D]; k2 [1, N2, Hkv, D]; position int32 or int64 [1] on the device; result
+    int64 [1, T, Hkv, S], S = max(budget, ceil(sparse_from / block_size)), -1 behind the last.
     Raises: ValueError for shapes that do not fit; BackendError for a geometry or dtype that is not known.
     """
     if q.shape[0] != 1 or not 1 <= q.shape[1] <= MAX_ROWS:
@@ -175,8 +192,10 @@ def block_topk_decode(
     starts, ends = torch.empty(
         2, row_tiles * constants["ROWS"], num_groups, capacity, dtype=torch.float32, device=q.device
     )
-    picks = torch.empty(1, num_rows, num_groups, geometry.budget, dtype=torch.int64, device=q.device)
-    settings = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    num_picks = max(geometry.budget, -(-sparse_from // geometry.block_size))
+    picks = torch.empty(1, num_rows, num_groups, num_picks, dtype=torch.int64, device=q.device)
+    pdl = dependent_launch(q.device)
+    settings = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **pdl}
     q_strides = (q.stride(1), q.stride(2))
     _normalise_kernel[(num_parts, num_groups, row_tiles)](
         q, k2, position, parts, num_rows, scale * LOG2_E, *q_strides, k2.stride(1), k2.stride(2),
@@ -188,16 +207,19 @@ def block_topk_decode(
         **_only(constants, "ROWS HEADS DIM KEYS PER_BLOCK BLOCK LOCAL PRECISION STAGES HAS_ASM"), **settings,
     )  # fmt: skip
     blocks = triton.next_power_of_2(capacity)
+    if blocks > _MOST_BLOCKS:
+        raise BackendError(f"block choice: {k1.shape[1]:,} pooled keys, {_MOST_BLOCKS:,} blocks are supported")
     _choose_kernel[(num_rows, num_groups)](
-        starts, ends, position, picks, num_groups, capacity, picks.stride(1), picks.stride(2), BLOCKS=blocks,
-        **_only(constants, "BLOCK INIT LOCAL FREE BUDGET BUDGET_TILE"), num_warps=choose_warps(blocks),
+        starts, ends, position, picks, num_groups, num_picks, sparse_from, capacity, picks.stride(1), picks.stride(2),
+        BLOCKS=blocks, PICKS_TILE=triton.next_power_of_2(num_picks),
+        **_only(constants, "BLOCK INIT LOCAL FREE BUDGET"), num_warps=choose_warps(blocks), **pdl,
     )  # fmt: skip
     return picks
 
 
 def choose_warps(blocks: int) -> int:
-    """Warps of the last launch: at most 32 scores a thread."""
-    return min(32, max(4, blocks // 1024))
+    """Warps of the last launch: 16 scores a thread, or up to 64 where a card has not more threads."""
+    return min(32, max(4, blocks // 512))
 
 
 def decode_constants(launch: DecodeLaunch, geometry: BlockGeometry, heads: int, q: Tensor) -> dict[str, Any]:
@@ -215,7 +237,6 @@ def decode_constants(launch: DecodeLaunch, geometry: BlockGeometry, heads: int, 
         "LOCAL": geometry.local_blocks,
         "FREE": geometry.free_blocks,
         "BUDGET": geometry.budget,
-        "BUDGET_TILE": triton.next_power_of_2(geometry.budget),
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "STAGES": launch.num_stages,
         "HAS_ASM": HAS_INLINE_ASM,

@@ -18,17 +18,25 @@ from salalocal.errors import BackendError
 from salalocal.kernels.backend import HAS_INLINE_ASM, compute_capability, entry_of_card, num_multiprocessors, tl, triton
 from salalocal.kernels.block_topk.geometry import BlockGeometry
 from salalocal.kernels.block_topk.reference import heads_per_group
-from salalocal.kernels.block_topk.scoring import LOWEST, is_among_largest, log_sum_over_heads, sum_over_heads
+from salalocal.kernels.block_topk.scoring import (
+    LOWEST,
+    largest_of_lists,
+    log_sum_over_heads,
+    row_and_head,
+    sum_over_heads,
+)
 
 LOG2_E = 1.4426950408889634
 SMALLEST_SUM = tl.constexpr(2.0**-100)  # heads that vanish below fp32 are then below its rounding
-_FINEST_DIM = 16  # what tl.dot takes at least
+FINEST_DIM = 16  # what tl.dot takes at least
+_MOST_ROWS = 8  # whose lists are cut at once: they pass through shared memory
 
 
 @dataclass(frozen=True)
 class PrefillLaunch:
     """Tile sizes. `tile_rows`: query rows times heads; `tile_keys`: k1 or k2 at a time; `segment_tiles`: tiles whose
-    blocks enter the lists together; `programs_per_core`: that stay on a multiprocessor."""
+    blocks enter the lists together; `programs_per_core`: that stay on a multiprocessor; `high`: windows of a block that
+    lie in different halves of a tile, 2 where a warp has rows of both."""
 
     tile_rows: int
     tile_keys: int
@@ -36,6 +44,7 @@ class PrefillLaunch:
     num_warps: int
     num_stages: int
     programs_per_core: int = 2
+    high: int = 1
     max_registers: int | None = None  # per thread; what the rare cutting of the lists spills for it costs little
 
 
@@ -49,51 +58,61 @@ LAUNCH = {
 
 
 @triton.jit
-def _cut_lists(scores_ptr, blocks_ptr, counts, ROWS: tl.constexpr, CAPACITY: tl.constexpr, FREE: tl.constexpr):
+def _cut_lists(floats_ptr, ints_ptr, ROWS: tl.constexpr, CAPACITY: tl.constexpr, FREE: tl.constexpr):
     """Keep the FREE largest of every row's list in the order they came, ties to the earlier; the least one kept."""
-    columns = tl.arange(0, CAPACITY)[None, :]
-    at = tl.arange(0, ROWS)[:, None] * CAPACITY + columns
-    is_there = columns < counts[:, None]
+    WIDTH: tl.constexpr = min(128, CAPACITY)  # a row of it is a warp's
+    PARTS: tl.constexpr = CAPACITY // WIDTH
+    columns = (tl.arange(0, PARTS) * WIDTH)[:, None, None] + tl.arange(0, WIDTH)[None, None, :]
+    row = tl.arange(0, ROWS)
+    scores_at = floats_ptr + ROWS + (row * CAPACITY)[None, :, None]
+    blocks_at = ints_ptr + ROWS + (row * CAPACITY)[None, :, None]
     tl.debug_barrier()  # what other threads appended must be seen
-    scores = tl.load(scores_ptr + at, mask=is_there, other=0.0)
-    kept = is_among_largest(scores, is_there, FREE, ROWS).to(tl.int32)
-    to = tl.arange(0, ROWS)[:, None] * CAPACITY + tl.cumsum(kept, 1) - 1
-    blocks = tl.load(blocks_ptr + at, mask=kept > 0, other=0)
+    is_there = columns < tl.load(ints_ptr + row)[None, :, None]
+    scores = tl.load(scores_at + columns, mask=is_there, other=0.0)
+    kept, to, counts, least = largest_of_lists(scores, is_there, FREE, PARTS, ROWS)
+    blocks = tl.load(blocks_at + columns, mask=kept, other=0)
     tl.debug_barrier()
-    tl.store(scores_ptr + to, scores, mask=kept > 0)
-    tl.store(blocks_ptr + to, blocks, mask=kept > 0)
+    tl.store(scores_at + to, scores, mask=kept)
+    tl.store(blocks_at + to, blocks, mask=kept)
+    tl.store(ints_ptr + row, counts)
+    tl.store(floats_ptr + row, least)
     tl.debug_barrier()
-    counts = tl.sum(kept, 1)
-    least = tl.min(tl.where(kept > 0, scores, float("inf")), 1)
-    return tl.where(counts < FREE, float("-inf"), least), counts
 
 
 @triton.jit
 def _append_segment(
-    starts_ptr, ends_ptr, scores_ptr, blocks_ptr, first_block, first_free, end_free, least, counts,
+    floats_ptr, ints_ptr, starts_ptr, ends_ptr, first_block, first_free, end_free,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """Append a segment's blocks that beat `least` to the lists; the counts.
+    """Append a segment's blocks that beat the least of a full list; the length of the longest list.
 
-    starts [ROWS, BLOCKS]: the best window that starts in a block; ends [ROWS, BLOCKS + 1]: the last such window of the
-    block in front, which reaches into the block.
+    starts [BLOCKS, ROWS]: the best window that starts in a block; ends [BLOCKS + 1, ROWS]: the last such window of the
+    block in front, which reaches into the block. Lengths and least scores pass through memory: carried in registers,
+    the layout that suits the lists would be forced upon everything here.
     """
-    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCKS)[None, :]
-    block = first_block + column
-    can_enter = (block >= first_free) & (block < end_free[:, None])
+    column, row = tl.arange(0, BLOCKS)[:, None], tl.arange(0, ROWS)[None, :]
+    lanes = tl.arange(0, ROWS)
+    can_enter = (column >= first_free - first_block) & (column < (end_free - first_block)[None, :])
     tl.debug_barrier()  # what other threads scored must be seen
-    start = tl.load(starts_ptr + row * BLOCKS + column, mask=can_enter, other=0.0)
-    end = tl.load(ends_ptr + row * (BLOCKS + 1) + column, mask=can_enter, other=0.0)
-    last = tl.load(ends_ptr + tl.arange(0, ROWS) * (BLOCKS + 1) + BLOCKS)
-    pooled = tl.maximum(start, end)
-    can_enter &= pooled > least[:, None]
-    entering = can_enter.to(tl.int32)
-    at = row * CAPACITY + counts[:, None] + tl.cumsum(entering, 1) - 1
-    tl.store(scores_ptr + at, pooled, mask=can_enter)
-    tl.store(blocks_ptr + at, tl.broadcast_to(block, [ROWS, BLOCKS]), mask=can_enter)
+    start = tl.load(starts_ptr + column * ROWS + row)
+    end = tl.load(ends_ptr + column * ROWS + row)
+    last = tl.load(ends_ptr + BLOCKS * ROWS + lanes)
+    pooled = tl.maximum(tl.maximum(start, end), LOWEST)  # of a number and none, the number
+    can_enter &= pooled > tl.load(floats_ptr + lanes)[None, :]
+    # Two rows are counted in one integer.
+    PAIR: tl.constexpr = min(2, ROWS)
+    pairs = tl.reshape(can_enter.to(tl.int32) << (row % PAIR * 16), [BLOCKS, ROWS // PAIR, PAIR])
+    ranks = tl.broadcast_to(tl.cumsum(tl.sum(pairs, 2), 0)[:, :, None], [BLOCKS, ROWS // PAIR, PAIR])
+    ranks = (tl.reshape(ranks, [BLOCKS, ROWS]) >> (row % PAIR * 16)) & 0xFFFF
+    counts = tl.load(ints_ptr + lanes)
+    at = ROWS + row * CAPACITY + counts[None, :] + ranks - 1
+    tl.store(floats_ptr + at, pooled, mask=can_enter)
+    tl.store(ints_ptr + at, tl.broadcast_to(first_block + column, [BLOCKS, ROWS]), mask=can_enter)
+    counts += tl.sum(can_enter.to(tl.int32), 0)
     tl.debug_barrier()  # all have read before the next segment is scored
-    tl.store(ends_ptr + tl.arange(0, ROWS) * (BLOCKS + 1), last)
-    return counts + tl.sum(entering, 1)
+    tl.store(ends_ptr + lanes, last)
+    tl.store(ints_ptr + lanes, counts)
+    return tl.max(counts)
 
 
 @triton.jit
@@ -109,9 +128,9 @@ def _log_normaliser(
     dims = tl.arange(0, DIM)
     for start in tl.range(0, num_full, KEYS, num_stages=STAGES):
         k2 = tl.load(k2_ptr + (start + keys)[:, None] * stride_k2 + dims[None, :])
-        w = tl.dot(q, tl.trans(k2), input_precision=PRECISION) * log2_scale
-        new_peak = tl.maximum(peak, tl.max(w, 1))
-        total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(w - new_peak[:, None]), 1)
+        w = tl.dot(q, tl.trans(k2), input_precision=PRECISION)
+        new_peak = tl.maximum(peak, tl.max(w, 1) * log2_scale)
+        total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(w * log2_scale - new_peak[:, None]), 1)
         peak = new_peak
     for start in tl.range(num_full, num_keys, KEYS, num_stages=1):
         columns = start + keys
@@ -125,80 +144,98 @@ def _log_normaliser(
 
 
 @triton.jit
+def _max_of_blocks(
+    score, KEYS: tl.constexpr, ROWS: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, SIDE: tl.constexpr
+):
+    """The largest of the windows of every block: [KEYS, ROWS] in the order of `_walk_keys` -> [BLOCKS, ROWS]"""
+    parts = tl.reshape(score, [HIGH, KEYS // (HIGH * LOW * SIDE), LOW, SIDE, ROWS])
+    return tl.reshape(tl.max(tl.max(parts, 2), 0), [KEYS // (HIGH * LOW), ROWS])
+
+
+@triton.jit
 def _walk_keys(
-    q, k1_ptr, stride_k1n, num_keys, normaliser, log2_scale, scores_ptr, blocks_ptr, first_free, end_free,
+    q, k1_ptr, stride_k1n, num_keys, normaliser, log2_scale, floats_ptr, ints_ptr, first_free, end_free,
     ROWS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, SEGMENT: tl.constexpr,
-    CAPACITY: tl.constexpr, PER_BLOCK: tl.constexpr, FREE: tl.constexpr, PRECISION: tl.constexpr,
+    CAPACITY: tl.constexpr, PER_BLOCK: tl.constexpr, HIGH: tl.constexpr, LOCAL: tl.constexpr,
+    FREE: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, HAS_ASM: tl.constexpr, IS_LOG: tl.constexpr,
 ):  # fmt: skip
-    """Leave the FREE largest of every row's blocks in the lists; the least score kept. q [DIM, ROWS * HEADS].
+    """Leave the FREE largest of every row's blocks in the lists. q [DIM, ROWS * HEADS].
 
     IS_LOG compares logarithms, else plain sums: a quarter fewer instructions, and exact where no sum leaves fp32.
     """
     BLOCKS: tl.constexpr = KEYS // PER_BLOCK
     SEGMENT_BLOCKS: tl.constexpr = SEGMENT * BLOCKS
-    starts_ptr = scores_ptr + ROWS * CAPACITY
+    # The windows of a block stand in places of the tile, HIGH times LOW of them, that one thread holds or few do.
+    LOW: tl.constexpr = PER_BLOCK // HIGH
+    SIDE: tl.constexpr = max(1, 16 // LOW)  # blocks side by side
+    place = tl.arange(0, KEYS)
+    window = place // (KEYS // HIGH) * LOW + place // SIDE % LOW
+    key_of_place = (place % (KEYS // HIGH) // (SIDE * LOW) * SIDE + place % SIDE) * PER_BLOCK + window
+    starts_ptr = floats_ptr + ROWS * (CAPACITY + 1)
     ends_ptr = starts_ptr + ROWS * SEGMENT_BLOCKS
     lanes = tl.arange(0, ROWS)
     dims = tl.arange(0, DIM)
-    counts = tl.zeros([ROWS], tl.int32)
-    least = tl.full([ROWS], float("-inf"), tl.float32)
-    tl.store(ends_ptr + lanes * (SEGMENT_BLOCKS + 1), tl.full([ROWS], LOWEST, tl.float32))
+    tl.store(ints_ptr + lanes, tl.zeros([ROWS], tl.int32))
+    tl.store(floats_ptr + lanes, tl.full([ROWS], float("-inf"), tl.float32))
+    tl.store(ends_ptr + lanes, tl.full([ROWS], LOWEST, tl.float32))
     for segment in tl.range(0, num_keys, SEGMENT * KEYS, num_stages=1):
         end = tl.minimum(segment + SEGMENT * KEYS, num_keys)
         for start in tl.range(segment, end, KEYS, num_stages=STAGES):
-            keys = start + tl.arange(0, KEYS)
-            keys_at = keys[:, None] * stride_k1n + dims[None, :]
-            k1 = tl.load(k1_ptr + keys_at, mask=keys[:, None] < num_keys, other=0.0)
+            # What is behind the last may not enter the lists; that much of local blocks can be read.
+            if KEYS <= LOCAL * PER_BLOCK:
+                k1 = tl.load(k1_ptr + start * stride_k1n + (key_of_place[:, None] * stride_k1n + dims[None, :]))
+            else:
+                keys = tl.minimum(start + key_of_place, num_keys - 1)
+                k1 = tl.load(k1_ptr + keys[:, None] * stride_k1n + dims[None, :])
             z = tl.dot(k1, q, input_precision=PRECISION) * log2_scale - normaliser[None, :]
             if IS_LOG:
                 score = log_sum_over_heads(z, KEYS, ROWS, HEADS, HAS_ASM)  # [KEYS, ROWS]
             else:
                 score = sum_over_heads(z, KEYS, ROWS, HEADS)
-            block = (start - segment) // PER_BLOCK + tl.arange(0, BLOCKS)
-            starts = tl.max(tl.reshape(score, [BLOCKS, PER_BLOCK, ROWS]), 1)
-            tl.store(starts_ptr + lanes[None, :] * SEGMENT_BLOCKS + block[:, None], starts)
-            key = keys - segment
-            ends_at = lanes[None, :] * (SEGMENT_BLOCKS + 1) + (key // PER_BLOCK)[:, None] + 1
-            tl.store(ends_ptr + ends_at, score, mask=(key % PER_BLOCK == PER_BLOCK - 1)[:, None])
-        counts = _append_segment(
-            starts_ptr, ends_ptr, scores_ptr, blocks_ptr, segment // PER_BLOCK, first_free, end_free, least, counts,
+            last = tl.where((window == PER_BLOCK - 1)[:, None], score, LOWEST)
+            at = ((start - segment) // PER_BLOCK + tl.arange(0, BLOCKS))[:, None] * ROWS + lanes[None, :]
+            tl.store(starts_ptr + at, _max_of_blocks(score, KEYS, ROWS, HIGH, LOW, SIDE))
+            tl.store(ends_ptr + ROWS + at, _max_of_blocks(last, KEYS, ROWS, HIGH, LOW, SIDE))
+        longest = _append_segment(
+            floats_ptr, ints_ptr, starts_ptr, ends_ptr, segment // PER_BLOCK, first_free, end_free,
             ROWS, SEGMENT_BLOCKS, CAPACITY,
         )  # fmt: skip
-        if tl.max(counts) > CAPACITY - SEGMENT_BLOCKS:
-            least, counts = _cut_lists(scores_ptr, blocks_ptr, counts, ROWS, CAPACITY, FREE)
-    least, counts = _cut_lists(scores_ptr, blocks_ptr, counts, ROWS, CAPACITY, FREE)
-    return least
+        if longest > CAPACITY - SEGMENT_BLOCKS:
+            _cut_lists(floats_ptr, ints_ptr, ROWS, CAPACITY, FREE)
+    _cut_lists(floats_ptr, ints_ptr, ROWS, CAPACITY, FREE)
 
 
 @triton.jit
 def _block_topk_prefill_kernel(
-    q_ptr, k1_ptr, k2_ptr, picks_ptr, floats_ptr, blocks_ptr, first_position, num_rows, num_groups, num_tiles,
+    q_ptr, k1_ptr, k2_ptr, picks_ptr, floats_ptr, ints_ptr, first_position, num_rows, num_groups, num_tiles,
     log2_scale, stride_qb, stride_qt, stride_qh, stride_k1b, stride_k1n, stride_k1h, stride_k2b, stride_k2n,
     stride_k2h, stride_pb, stride_pt, stride_pg,
     ROWS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, SEGMENT: tl.constexpr,
     CAPACITY: tl.constexpr, COARSE_SIZE: tl.constexpr, COARSE_STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, FREE: tl.constexpr, BUDGET: tl.constexpr,
-    BUDGET_TILE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, HAS_ASM: tl.constexpr,
+    HIGH: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, FREE: tl.constexpr,
+    BUDGET: tl.constexpr, BUDGET_TILE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    HAS_ASM: tl.constexpr,
 ):  # fmt: skip
     """A program takes every so many'th tile of ROWS query rows of one KV head.
 
-    Of its own it has blocks [ROWS, CAPACITY] and floats: lists [ROWS, CAPACITY], starts [ROWS, B], ends [ROWS, B + 1].
+    Of its own it has ints: lengths [ROWS], lists of blocks [ROWS, CAPACITY]; and floats: least scores [ROWS], lists of
+    scores [ROWS, CAPACITY], starts [B, ROWS], ends [B + 1, ROWS].
     """
     TILE: tl.constexpr = ROWS * HEADS
     SEGMENT_BLOCKS: tl.constexpr = SEGMENT * KEYS // PER_BLOCK
     program = tl.program_id(0)
-    scores_ptr = floats_ptr + program * (ROWS * (CAPACITY + 2 * SEGMENT_BLOCKS + 1))
-    blocks_ptr += program * (ROWS * CAPACITY)
+    floats_ptr += program * (ROWS * (CAPACITY + 2 * SEGMENT_BLOCKS + 2))
+    ints_ptr += program * (ROWS * (CAPACITY + 1))
     tiles_per_group = tl.cdiv(num_rows, ROWS)
     dims = tl.arange(0, DIM)
     lanes = tl.arange(0, ROWS)
     for tile in tl.range(program, num_tiles, tl.num_programs(0), num_stages=1):
         batch, group = tile // tiles_per_group // num_groups, tile // tiles_per_group % num_groups
         first_row = tile % tiles_per_group * ROWS
-        tile_rows = first_row + tl.arange(0, TILE) // HEADS
-        heads = group * HEADS + tl.arange(0, TILE) % HEADS
-        q_at = batch * stride_qb + tile_rows * stride_qt + heads * stride_qh
+        row, head = row_and_head(TILE, ROWS, HEADS)
+        tile_rows = first_row + row
+        q_at = batch * stride_qb + tile_rows * stride_qt + (group * HEADS + head) * stride_qh
         q = tl.load(q_ptr + q_at[:, None] + dims[None, :], mask=tile_rows[:, None] < num_rows, other=0.0)
         first = first_position + first_row
         last = tl.minimum(first_position + num_rows, first + ROWS) - 1
@@ -214,24 +251,27 @@ def _block_topk_prefill_kernel(
         num_keys = (last // BLOCK - LOCAL) * PER_BLOCK
         keys_ptr = k1_ptr + batch * stride_k1b + group * stride_k1h
         turned = tl.trans(q)
-        least = _walk_keys(
-            turned, keys_ptr, stride_k1n, num_keys, normaliser, log2_scale, scores_ptr, blocks_ptr, INIT, own - LOCAL,
-            ROWS, HEADS, DIM, KEYS, SEGMENT, CAPACITY, PER_BLOCK, FREE, PRECISION, STAGES, HAS_ASM, False,
+        _walk_keys(
+            turned, keys_ptr, stride_k1n, num_keys, normaliser, log2_scale, floats_ptr, ints_ptr, INIT, own - LOCAL,
+            ROWS, HEADS, DIM, KEYS, SEGMENT, CAPACITY, PER_BLOCK, HIGH, LOCAL, FREE, PRECISION, STAGES, HAS_ASM, False,
         )  # fmt: skip
         kept = tl.arange(0, BUDGET_TILE)[None, :]
-        largest = tl.max(tl.load(scores_ptr + lanes[:, None] * CAPACITY + kept, mask=kept < FREE, other=0.0), 1)
-        is_out_of_range = (first_row + lanes < num_rows) & ((least < SMALLEST_SUM) | (largest == float("inf")))
+        scores = tl.load(floats_ptr + ROWS + lanes[:, None] * CAPACITY + kept, mask=kept < FREE, other=0.0)
+        least = tl.load(floats_ptr + lanes)
+        is_out_of_range = (first_row + lanes < num_rows) & (
+            (least < SMALLEST_SUM) | (tl.max(scores, 1) == float("inf"))
+        )
         if tl.max(is_out_of_range.to(tl.int32)) > 0:
             tl.debug_barrier()  # all have read the list
-            least = _walk_keys(
-                turned, keys_ptr, stride_k1n, num_keys, normaliser, log2_scale, scores_ptr, blocks_ptr, INIT,
-                own - LOCAL, ROWS, HEADS, DIM, KEYS, SEGMENT, CAPACITY, PER_BLOCK, FREE, PRECISION, STAGES, HAS_ASM,
-                True,
+            _walk_keys(
+                turned, keys_ptr, stride_k1n, num_keys, normaliser, log2_scale, floats_ptr, ints_ptr, INIT,
+                own - LOCAL, ROWS, HEADS, DIM, KEYS, SEGMENT, CAPACITY, PER_BLOCK, HIGH, LOCAL, FREE, PRECISION, STAGES,
+                HAS_ASM, True,
             )  # fmt: skip
 
         columns = tl.arange(0, BUDGET_TILE)[None, :]
         is_free = (columns >= INIT) & (columns < INIT + FREE)
-        free = tl.load(blocks_ptr + lanes[:, None] * CAPACITY + columns - INIT, mask=is_free, other=0)
+        free = tl.load(ints_ptr + ROWS + lanes[:, None] * CAPACITY + columns - INIT, mask=is_free, other=0)
         local = own[:, None] - LOCAL + columns - INIT - FREE
         picks = tl.where(columns < INIT, columns, tl.where(is_free, free, local))
         rows = first_row + lanes[:, None]
@@ -275,10 +315,10 @@ def _launch(
     programs = min(num_tiles, num_multiprocessors(q.device) * launch.programs_per_core)
     capacity = constants["CAPACITY"]
     segment_blocks = constants["SEGMENT"] * constants["KEYS"] // constants["PER_BLOCK"]
-    floats = torch.empty(programs, rows * (capacity + 2 * segment_blocks + 1), dtype=torch.float32, device=q.device)
-    blocks = torch.empty(programs, rows * capacity, dtype=torch.int32, device=q.device)
+    floats = torch.empty(programs, rows * (capacity + 2 * segment_blocks + 2), dtype=torch.float32, device=q.device)
+    ints = torch.empty(programs, rows * (capacity + 1), dtype=torch.int32, device=q.device)
     _block_topk_prefill_kernel[(programs,)](
-        q, k1, k2, picks, floats, blocks, first_position, num_rows, num_groups, num_tiles, scale * LOG2_E,
+        q, k1, k2, picks, floats, ints, first_position, num_rows, num_groups, num_tiles, scale * LOG2_E,
         *q.stride()[:3], *k1.stride()[:3], *k2.stride()[:3], *picks.stride()[:3],
         **constants, num_warps=launch.num_warps, num_stages=launch.num_stages, maxnreg=launch.max_registers,
     )  # fmt: skip
@@ -291,7 +331,7 @@ def prefill_constants(
     keys = max(launch.tile_keys, geometry.pooled_per_block)
     segment_blocks = launch.segment_tiles * keys // geometry.pooled_per_block
     return {
-        "ROWS": max(1, launch.tile_rows // heads),
+        "ROWS": max(FINEST_DIM // heads, min(_MOST_ROWS, launch.tile_rows // heads), 1),
         "HEADS": heads,
         "DIM": dim,
         "KEYS": keys,
@@ -300,6 +340,7 @@ def prefill_constants(
         "COARSE_SIZE": geometry.coarse_kernel_size,
         "COARSE_STRIDE": geometry.coarse_kernel_stride,
         "PER_BLOCK": geometry.pooled_per_block,
+        "HIGH": launch.high if geometry.pooled_per_block % launch.high == 0 else 1,
         "BLOCK": geometry.block_size,
         "INIT": geometry.init_blocks,
         "LOCAL": geometry.local_blocks,
@@ -323,7 +364,7 @@ def check_supported(q: Tensor, k1: Tensor, k2: Tensor, heads: int, geometry: Blo
     for name, size in sizes.items():
         if size & (size - 1) or size > 256:
             raise BackendError(f"block choice: {name} is {size}, a power of two up to 256 is needed")
-    if dim < _FINEST_DIM or geometry.overlap != 1 or min(geometry.local_blocks, geometry.free_blocks) < 1:
+    if dim < FINEST_DIM or geometry.overlap != 1 or min(geometry.local_blocks, geometry.free_blocks) < 1:
         raise BackendError(f"block choice: head size {dim} with {geometry} is not supported")
     if geometry.reach < geometry.coarse_kernel_size:
         raise BackendError(f"block choice: rows beyond {geometry.reach} tokens may see no coarse key: {geometry}")

@@ -19,42 +19,88 @@ def _log2(x, HAS_ASM: tl.constexpr):
 
 
 @triton.jit
+def row_and_head(TILE: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr):
+    """Which row and head of a KV head each of TILE queries is: in the order that `_by_head` takes apart.
+
+    A thread of a matrix unit holds two neighbours of every eight columns of a product; in this order they are heads of
+    few rows, so that a sum over heads stays in the thread.
+    """
+    PAIR: tl.constexpr = min(2, HEADS)
+    QUAD: tl.constexpr = min(4, ROWS)
+    place = tl.arange(0, TILE)
+    head = place // (PAIR * QUAD) % (HEADS // PAIR) * PAIR + place % PAIR
+    return place // PAIR % QUAD * (ROWS // QUAD) + place // (QUAD * HEADS), head
+
+
+@triton.jit
+def _by_head(z, KEYS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr):
+    """[KEYS, ROWS * HEADS] -> [KEYS, rows, heads, rows, heads], as the places of `row_and_head` are made up."""
+    PAIR: tl.constexpr = min(2, HEADS)
+    QUAD: tl.constexpr = min(4, ROWS)
+    return tl.reshape(z, [KEYS, ROWS // QUAD, HEADS // PAIR, QUAD, PAIR])
+
+
+@triton.jit
+def _by_row(score, KEYS: tl.constexpr, ROWS: tl.constexpr):
+    """Undo the order of rows: [KEYS, rows, rows] -> [KEYS, ROWS]."""
+    return tl.reshape(tl.permute(score, (0, 2, 1)), [KEYS, ROWS])
+
+
+@triton.jit
 def log_sum_over_heads(z, KEYS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, HAS_ASM: tl.constexpr):
     """Binary log of the sum of 2**z over the heads; the lowest finite one for what is no number.
 
     Shapes: [KEYS, ROWS * HEADS] -> [KEYS, ROWS].
     """
-    z = tl.reshape(z, [KEYS, ROWS, HEADS])
-    peak = tl.max(z, 2)
-    score = peak + _log2(tl.sum(tl.exp2(z - peak[:, :, None]), 2), HAS_ASM)
+    z = _by_head(z, KEYS, ROWS, HEADS)
+    peak = tl.max(tl.max(z, 4), 2)
+    total = tl.sum(tl.sum(tl.exp2(z - peak[:, :, None, :, None]), 4), 2)
+    score = _by_row(peak + _log2(total, HAS_ASM), KEYS, ROWS)
     return tl.where(score > LOWEST, score, LOWEST) + 0.0  # + 0.0: no negative zero
 
 
 @triton.jit
 def sum_over_heads(z, KEYS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr):
-    """The sum of 2**z over the heads, 0 for what is no number. [KEYS, ROWS * HEADS] -> [KEYS, ROWS]"""
-    score = tl.sum(tl.exp2(tl.reshape(z, [KEYS, ROWS, HEADS])), 2)
-    return tl.where(score == score, score, 0.0)
+    """The sum of 2**z over the heads. [KEYS, ROWS * HEADS] -> [KEYS, ROWS]"""
+    return _by_row(tl.sum(tl.sum(tl.exp2(_by_head(z, KEYS, ROWS, HEADS)), 4), 2), KEYS, ROWS)
 
 
 @triton.jit
-def is_among_largest(scores, is_there, COUNT: tl.constexpr, ROWS: tl.constexpr):
-    """Whether a score is one of the COUNT largest of its row, ties to the left. [ROWS, N] -> truth of that shape"""
+def _ordered_bits(scores):
+    """Unsigned integers in the order of the numbers, all above 0."""
     bits = scores.to(tl.int32, bitcast=True)
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
-    ordered = tl.where(is_there, ordered, 0)
-    # The largest number that COUNT of them reach, two bits a step: the three counts share an integer.
-    threshold = tl.zeros([ROWS], tl.uint32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
+
+
+@triton.jit
+def largest_of_lists(scores, is_there, COUNT: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr):
+    """The COUNT largest of every row's scores [PARTS, ROWS, N], which stand part by part, ties to the front.
+
+    Truth of that shape; the place of each among those kept, in their order; per row how many are kept, and the least of
+    them, or -inf if there are fewer than COUNT. Bit by bit; best where a row lies within one warp. A row has fewer than
+    65,536 scores.
+    """
+    ordered = tl.where(is_there, _ordered_bits(scores), 0)
+    threshold = tl.zeros([ROWS], tl.uint32)  # the largest number that COUNT of them reach
     one = tl.full([ROWS], 1, tl.uint32)
-    for step in range(16):
-        low, high = one << (30 - 2 * step), one << (31 - 2 * step)
-        reached = (ordered >= (threshold | low)[:, None]).to(tl.int64)
-        reached += (ordered >= (threshold | high)[:, None]).to(tl.int64) << 20
-        reached += (ordered >= (threshold | high | low)[:, None]).to(tl.int64) << 40
-        counts = tl.sum(reached, 1)
-        threshold |= tl.where((counts >> 20) & 0xFFFFF >= COUNT, high, 0)
-        threshold |= tl.where(tl.where(threshold & high > 0, counts >> 40, counts & 0xFFFFF) >= COUNT, low, 0)
-    is_above = ordered > threshold[:, None]
-    is_tied = is_there & (ordered == threshold[:, None])
-    places = COUNT - tl.sum(is_above.to(tl.int32), 1)
-    return is_above | (is_tied & (tl.cumsum(is_tied.to(tl.int32), 1) <= places[:, None]))
+    for step in range(32):
+        higher = threshold | (one << (31 - step))
+        reached = tl.sum(tl.sum((ordered >= higher[None, :, None]).to(tl.int32), 0), 1)
+        threshold = tl.where(reached >= COUNT, higher, threshold)
+    is_above = ordered > threshold[None, :, None]
+    is_tied = is_there & (ordered == threshold[None, :, None])
+    # Both are counted at once: those above in the low half.
+    both = is_above.to(tl.uint32) + (is_tied.to(tl.uint32) << 16)
+    totals = tl.sum(both, 2)
+    before = tl.cumsum(totals, 0) - totals
+    ranks = tl.cumsum(both, 2) + before[:, :, None]
+    totals = tl.sum(totals, 0)
+    num_above, num_tied = (totals & 0xFFFF).to(tl.int32), (totals >> 16).to(tl.int32)
+    places = COUNT - num_above
+    rank_above, rank_tied = (ranks & 0xFFFF).to(tl.int32), (ranks >> 16).to(tl.int32)
+    kept = is_above | (is_tied & (rank_tied <= places[None, :, None]))
+    at = rank_above + tl.minimum(rank_tied, places[None, :, None]) - 1
+    counts = num_above + tl.minimum(num_tied, places)
+    signed = (threshold ^ 0x80000000).to(tl.int32, bitcast=True)
+    least = (signed ^ ((signed >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return kept, at, counts, tl.where(counts < COUNT, float("-inf"), least)

@@ -7,8 +7,9 @@ input features the 64 with an even index come first, then the odd ones; `activat
 A product over k does not see the order, if both factors have it. A row with NaN or infinity gets a scale of NaN, so
 that it cannot pass for numbers.
 
-Two producers of such rows quantize on the way: the RMS norm before a projection and the SwiGLU before down_proj; both
-round as `kernels.norm` and `kernels.swiglu` do, then quantize. Shapes: x [..., K], K a multiple of 128.
+Four producers of such rows quantize on the way: the RMS norm before a projection, the SwiGLU before down_proj, and the
+output gate before o_proj, with the norm of a lightning layer or without. They round as `kernels.norm`, `swiglu`, `gate`
+and `gated_norm` do, then quantize. Rows may lie apart. Shapes: x [..., K], K a multiple of 128.
 """
 
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from salalocal.errors import BackendError
 from salalocal.kernels.backend import HAS_INLINE_ASM, tl, triton, use_triton
+from salalocal.kernels.gate import sigmoid, sigmoid_gate_reference
+from salalocal.kernels.gated_norm import GatedNorm, gated_norm_reference
 from salalocal.kernels.norm import rms_norm_reference
 from salalocal.kernels.swiglu import swiglu_reference
 
@@ -177,27 +180,6 @@ def _rms_norm_quantize_rows_kernel(
 
 
 @triton.jit
-def _sigmoid(x, HAS_ASM: tl.constexpr):
-    """1 / (1 + exp(-x)) in fp32. The assembly spares the handling of denormal numbers: a third of all instructions."""
-    if HAS_ASM:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .f32 power;
-            mul.f32 power, $1, 0fBFB8AA3B;
-            ex2.approx.ftz.f32 power, power;
-            add.f32 power, power, 0f3F800000;
-            rcp.approx.ftz.f32 $0, power;
-            }""",
-            "=f,f",
-            [x],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
 def _swiglu_quantize_kernel(
     gate,
     up,
@@ -214,9 +196,41 @@ def _swiglu_quantize_kernel(
     row = tl.program_id(0).to(tl.int64)
     even, odd = _load_pairs(gate + row * gate_stride, num_columns, BLOCK, IN_WORDS)
     even_up, odd_up = _load_pairs(up + row * up_stride, num_columns, BLOCK, IN_WORDS)
-    even, odd = even * _sigmoid(even, HAS_ASM), odd * _sigmoid(odd, HAS_ASM)
+    even, odd = even * sigmoid(even, HAS_ASM), odd * sigmoid(odd, HAS_ASM)
     even, odd = _rounded(even, odd, gate, IN_WORDS, HAS_ASM)
     even, odd = _rounded(even * even_up, odd * odd_up, gate, IN_WORDS, HAS_ASM)
+    _store_quantized(even, odd, row, num_columns, codes, scales, LIMIT, BLOCK)
+
+
+@triton.jit
+def _gate_quantize_kernel(
+    x,
+    gate,
+    weight,
+    codes,
+    scales,
+    x_stride,
+    gate_stride,
+    num_columns,
+    eps,
+    NORM: tl.constexpr,
+    LIMIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IN_WORDS: tl.constexpr,
+    HAS_ASM: tl.constexpr,
+):
+    """One row, with NORM its RMS norm first; the weight is not read without."""
+    row = tl.program_id(0).to(tl.int64)
+    even, odd = _load_pairs(x + row * x_stride, num_columns, BLOCK, IN_WORDS)
+    even_gate, odd_gate = _load_pairs(gate + row * gate_stride, num_columns, BLOCK, IN_WORDS)
+    if NORM:
+        factor = tl.rsqrt(tl.sum(even * even + odd * odd) / num_columns + eps)
+        even_gain, odd_gain = _load_pairs(weight, num_columns, BLOCK, IN_WORDS)
+        even, odd = _rounded(even * factor, odd * factor, x, IN_WORDS, HAS_ASM)
+        even, odd = _rounded(even * even_gain, odd * odd_gain, x, IN_WORDS, HAS_ASM)
+    even_gate, odd_gate = sigmoid(even_gate, HAS_ASM), sigmoid(odd_gate, HAS_ASM)
+    even_gate, odd_gate = _rounded(even_gate, odd_gate, x, IN_WORDS, HAS_ASM)
+    even, odd = _rounded(even * even_gate, odd * odd_gate, x, IN_WORDS, HAS_ASM)
     _store_quantized(even, odd, row, num_columns, codes, scales, LIMIT, BLOCK)
 
 
@@ -269,6 +283,28 @@ def swiglu_quantize_triton(gate: Tensor, up: Tensor, dtype: torch.dtype = torch.
     return made
 
 
+def gate_quantize_triton(
+    x: Tensor, gate: Tensor, norm: tuple[Tensor, float] | None = None, dtype: torch.dtype = torch.int8
+) -> QuantizedRows:
+    """One program a row; `norm`: weight [K] and eps of the RMS norm before the gate.
+
+    Raises: ValueError for different shapes; BackendError for rows that are too long or not of whole blocks.
+    """
+    rows, block = _as_rows(x)
+    gates, _ = _as_rows(gate)
+    if rows.shape != gates.shape or rows.dtype != gates.dtype:
+        raise ValueError(f"x is {tuple(x.shape)} {x.dtype}, gate {tuple(gate.shape)} {gate.dtype}")
+    made = _new_rows(x, dtype)
+    weight, eps = (rows[:1], 0.0) if norm is None else (norm[0].unsqueeze(0), norm[1])
+    (words, gate_words, weight_words), in_words = _in_words(rows, gates, weight)
+    _gate_quantize_kernel[(len(rows),)](
+        words, gate_words, weight_words, *made, words.stride(0), gate_words.stride(0), rows.shape[1], eps,
+        NORM=norm is not None, LIMIT=LIMITS[dtype], BLOCK=block, IN_WORDS=in_words, HAS_ASM=HAS_INLINE_ASM,
+        **_launch(block),
+    )  # fmt: skip
+    return made
+
+
 def quantize_rows(x: Tensor, dtype: torch.dtype = torch.int8) -> QuantizedRows:
     """Activations with one scale a row. Shapes: x [..., K]; see `QuantizedRows`."""
     return quantize_rows_triton(x, dtype) if use_triton(x) else quantize_rows_reference(x, dtype)
@@ -291,6 +327,20 @@ def swiglu_quantize(gate: Tensor, up: Tensor, dtype: torch.dtype = torch.int8) -
     if use_triton(gate, up):
         return swiglu_quantize_triton(gate, up, dtype)
     return quantize_rows_reference(swiglu_reference(gate, up), dtype)
+
+
+def sigmoid_gate_quantize_rows(x: Tensor, gate: Tensor, dtype: torch.dtype = torch.int8) -> QuantizedRows:
+    """x * sigmoid(gate), quantized: what o_proj of a sparse layer takes. Shapes: x, gate [..., K]."""
+    if use_triton(x, gate):
+        return gate_quantize_triton(x, gate, dtype=dtype)
+    return quantize_rows_reference(sigmoid_gate_reference(x, gate), dtype)
+
+
+def gated_norm_quantize_rows(x: Tensor, gated_norm: GatedNorm, dtype: torch.dtype = torch.int8) -> QuantizedRows:
+    """The RMS norm of every row, gated and quantized: what o_proj of a lightning layer takes. Shapes: x [..., K]."""
+    if use_triton(x, gated_norm.gate, gated_norm.weight):
+        return gate_quantize_triton(x, gated_norm.gate, (gated_norm.weight, gated_norm.eps), dtype)
+    return quantize_rows_reference(gated_norm_reference(x, gated_norm), dtype)
 
 
 def _checked_columns(x: Tensor) -> int:

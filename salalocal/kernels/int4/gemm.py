@@ -9,7 +9,8 @@ weights are the operand that matrix units take from registers. Where there are f
 split K; the last of them to end adds the others' partial sums in a fixed order, so results do not depend on timing.
 int8 sums are exact: every way to cut the work, and the scratch route, give the same bits.
 
-Shapes: x [M, K] in split order: `QuantizedRows` of int8, or bf16 (`split_rows`); y, residual [M, N].
+Shapes: x [M, K] in split order: `QuantizedRows` of int8, or bf16 (`split_rows`); y, residual [M, N], rows may lie
+apart.
 """
 
 import math
@@ -136,6 +137,8 @@ def _int4_gemm_kernel(
     num_columns,
     num_groups,
     num_splits,
+    residual_stride,
+    y_stride,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -193,7 +196,7 @@ def _int4_gemm_kernel(
     if not HAS_SPLITS:
         store_scaled(
             sums, row[None, :], column[:, None], x_scales, row_scales, residual, factor, y, num_rows, num_columns,
-            IS_INT8, HAS_RESIDUAL,
+            residual_stride, y_stride, IS_INT8, HAS_RESIDUAL,
         )  # fmt: skip
     else:
         inside = tl.arange(0, COLUMNS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
@@ -209,7 +212,7 @@ def _int4_gemm_kernel(
             tl.store(counters + tile, 0)
             store_scaled(
                 sums, row[None, :], column[:, None], x_scales, row_scales, residual, factor, y, num_rows, num_columns,
-                IS_INT8, HAS_RESIDUAL,
+                residual_stride, y_stride, IS_INT8, HAS_RESIDUAL,
             )  # fmt: skip
 
 
@@ -228,7 +231,7 @@ def int4_gemm_triton(
     is_int8 = isinstance(x, QuantizedRows)
     codes = (x.codes if isinstance(x, QuantizedRows) else x).contiguous()
     num_columns, num_groups = weight.scales.shape
-    check_gemm(codes, (num_columns, weight.words.shape[1] * 8), out, residual)
+    check_gemm(codes, weight.shape, out, residual)
     _check_kind(codes, weight, is_int8)
     if len(codes) == 0:
         return out
@@ -253,6 +256,8 @@ def int4_gemm_triton(
         num_columns,
         num_groups,
         splits,
+        out.stride(0) if residual is None else residual.values.stride(0),
+        out.stride(0),
         GROUP=weight.group_size,
         ROWS=launch.rows,
         COLUMNS=launch.columns,
@@ -295,5 +300,7 @@ def num_splits(num_tiles: int, num_steps: int, launch: GemmLaunch, multiprocesso
 def _check_kind(codes: Tensor, weight: Int4Weight, is_int8: bool) -> None:
     if codes.dtype != (torch.int8 if is_int8 else torch.bfloat16):
         raise BackendError(f"activations are {codes.dtype}, the kernel takes int8 with scales, or bfloat16")
+    if weight.bits != 4:
+        raise BackendError(f"{weight.bits}-bit weights are not unpacked in registers", "take a scratch route")
     if is_int8 and weight.group_size not in INT8_GROUPS:
         raise BackendError(f"groups of {weight.group_size} with int8 activations, the kernel takes 64 and 128")

@@ -18,7 +18,8 @@ class GemmLaunch:
     """How a GEMM is cut. Units: rows of activations, columns of output, depth in input features a step.
 
     `programs`: up to so many for each multiprocessor are wanted; few tiles are split along K until then. `span`: so
-    many row tiles take turns with one column tile, so that weights stay in the L2 cache.
+    many row tiles take turns with one column tile, so that weights stay in the L2 cache. `walks`: so many `programs` on
+    each multiprocessor take one tile after the other (the int8 GEMM alone, with the copy engine).
     """
 
     rows: int
@@ -29,6 +30,7 @@ class GemmLaunch:
     has_tma: bool = False
     programs: int = 1
     span: int = 8
+    walks: bool = False
 
 
 class PerShape(NamedTuple):

@@ -2,22 +2,33 @@
 
     y[m, n] = x_scales[m] * row_scales[n] * sum_k x[m, k] * w[n, k]             sums in int32, exact
     y[m, n] = residual[m, n] + factor * (the same)                              if there is a residual
+    y[m, n] = silu(gate[m, n]) * up[m, n]           with swiglu: products with the even and the odd rows of w
 
 The scales are applied in fp32 in this order and y is rounded once, to its own dtype. The order of k does not matter if
 x and w share it: both come in split order (`kernels.int4.activations_by_row`, `kernels.int4.scratch`).
 
-Shapes: x codes int8 [M, K], scales fp32 [M]; w int8 [N, K], row_scales fp32 [N]; y, residual [M, N]; K a multiple
-of 128.
+Shapes: x codes int8 [M, K], scales fp32 [M]; w int8 [N, K], row_scales fp32 [N]; y, residual [M, N], whose rows may lie
+apart; with swiglu w int8 [2 N, K] and row_scales [2 N], these not in pairs but gate's first; K a multiple of 128.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from salalocal.errors import BackendError
-from salalocal.kernels.backend import compute_capability, tl, triton, use_triton
+from salalocal.kernels.backend import (
+    HAS_INLINE_ASM,
+    compute_capability,
+    num_multiprocessors,
+    tl,
+    triton,
+    use_triton,
+)
+from salalocal.kernels.gate import sigmoid
 from salalocal.kernels.int4.activations_by_row import SPLIT_BLOCK, QuantizedRows
 from salalocal.kernels.int4.gemm_launch import INT8_LAUNCH, GemmLaunch, pick_launch
+from salalocal.kernels.swiglu import swiglu_definition, swiglu_reference
 
 
 class Residual(NamedTuple):
@@ -47,6 +58,24 @@ def _scaled_sums(sums: Tensor, x_scales: Tensor, row_scales: Tensor, residual: R
     return y if residual is None else residual.values.float() + y * residual.factor
 
 
+def int8_swiglu_definition(x: QuantizedRows, w: Tensor, row_scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The formula: products rounded to `dtype`, as they would be stored, then the gated activation."""
+    y = int8_gemm_definition(x, _apart(w), row_scales).to(dtype)
+    return swiglu_definition(*y.chunk(2, dim=1))
+
+
+def int8_swiglu_reference(x: QuantizedRows, w: Tensor, row_scales: Tensor, out: Tensor) -> Tensor:
+    """The same with fp32 scaling."""
+    both = torch.empty(len(out), 2 * out.shape[1], dtype=out.dtype, device=out.device)
+    int8_gemm_reference(x, _apart(w), row_scales, both, None)
+    return out.copy_(swiglu_reference(*both.chunk(2, dim=1)))
+
+
+def _apart(w: Tensor) -> Tensor:
+    """Rows in pairs -> the even ones, then the odd ones."""
+    return torch.cat((w[0::2], w[1::2]))
+
+
 @triton.jit
 def tile_of_program(program, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr):
     """Row and column tile of a program: SPAN row tiles share one column tile after the other."""
@@ -70,6 +99,8 @@ def store_scaled(
     y,
     num_rows,
     num_columns,
+    residual_stride,
+    y_stride,
     HAS_SCALES: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):
@@ -79,10 +110,76 @@ def store_scaled(
     if HAS_SCALES:
         values = values * tl.load(x_scales + rows, mask=rows < num_rows, other=0.0)
         values = values * tl.load(row_scales + columns, mask=columns < num_columns, other=0.0)
-    place = rows.to(tl.int64) * num_columns + columns
+    rows = rows.to(tl.int64)
     if HAS_RESIDUAL:
-        values = tl.load(residual + place, mask=is_there, other=0.0).to(tl.float32) + values * factor
-    tl.store(y + place, values.to(y.dtype.element_ty), mask=is_there)
+        joined = tl.load(residual + rows * residual_stride + columns, mask=is_there, other=0.0)
+        values = joined.to(tl.float32) + values * factor
+    tl.store(y + rows * y_stride + columns, values.to(y.dtype.element_ty), mask=is_there)
+
+
+@triton.jit
+def _store_swiglu(
+    sums,
+    row_tile,
+    column_tile,
+    x_scales,
+    row_scales,
+    y,
+    num_rows,
+    num_columns,
+    y_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HAS_ASM: tl.constexpr,
+):
+    """Scale a tile whose columns are gate and up in turn, and store their gated activation. sums [ROWS, COLUMNS].
+
+    Neighbouring columns are sums of the same thread: taking them apart moves nothing.
+    """
+    DTYPE: tl.constexpr = y.dtype.element_ty
+    half = num_columns // 2
+    row = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
+    both = column_tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    values = sums.to(tl.float32) * tl.load(x_scales + row, mask=row < num_rows, other=0.0)
+    values *= tl.load(row_scales + both // 2 + both % 2 * half, mask=both < num_columns, other=0.0)
+    gate, up = tl.split(tl.reshape(values.to(DTYPE).to(tl.float32), [ROWS, COLUMNS // 2, 2]))
+    silu = (gate * sigmoid(gate, HAS_ASM)).to(DTYPE).to(tl.float32)
+    column = column_tile * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)[None, :]
+    is_there = (row < num_rows) & (column < half)
+    tl.store(y + row.to(tl.int64) * y_stride + column, (silu * up).to(DTYPE), mask=is_there)
+
+
+@triton.jit
+def _store_tile(
+    sums,
+    row_tile,
+    column_tile,
+    x_scales,
+    row_scales,
+    residual,
+    factor,
+    y,
+    num_rows,
+    num_columns,
+    residual_stride,
+    y_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    HAS_ASM: tl.constexpr,
+):
+    """What follows the sums of a tile. EPILOGUE: plain, residual or swiglu."""
+    if EPILOGUE == "swiglu":
+        _store_swiglu(
+            sums, row_tile, column_tile, x_scales, row_scales, y, num_rows, num_columns, y_stride, ROWS, COLUMNS,
+            HAS_ASM,
+        )  # fmt: skip
+    else:
+        row, column = row_tile * ROWS + tl.arange(0, ROWS), column_tile * COLUMNS + tl.arange(0, COLUMNS)
+        store_scaled(
+            sums, row[:, None], column[None, :], x_scales, row_scales, residual, factor, y, num_rows, num_columns,
+            residual_stride, y_stride, True, EPILOGUE == "residual",
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -97,15 +194,18 @@ def _int8_gemm_kernel(
     num_rows,
     num_columns,
     num_features,
+    residual_stride,
+    y_stride,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     SPAN: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_TMA: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    HAS_ASM: tl.constexpr,
 ):
-    """x and w are pointers, or descriptors with blocks [ROWS, DEPTH] and [COLUMNS, DEPTH]."""
+    """One program a tile. x and w are pointers, or descriptors with blocks [ROWS, DEPTH] and [COLUMNS, DEPTH]."""
     row_tile, column_tile = tile_of_program(tl.program_id(0), num_rows, num_columns, ROWS, COLUMNS, SPAN)
     row = row_tile * ROWS + tl.arange(0, ROWS)
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -122,10 +222,49 @@ def _int8_gemm_kernel(
             left = tl.load(x_tile + start)
             right = tl.load(w_tile + start)
         sums = tl.dot(left, right, sums, out_dtype=tl.int32)
-    store_scaled(
-        sums, row[:, None], column[None, :], x_scales, row_scales, residual, factor, y, num_rows, num_columns, True,
-        HAS_RESIDUAL,
+    _store_tile(
+        sums, row_tile, column_tile, x_scales, row_scales, residual, factor, y, num_rows, num_columns, residual_stride,
+        y_stride, ROWS, COLUMNS, EPILOGUE, HAS_ASM,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _int8_gemm_walk_kernel(
+    x,
+    w,
+    x_scales,
+    row_scales,
+    residual,
+    factor,
+    y,
+    num_rows,
+    num_columns,
+    num_features,
+    residual_stride,
+    y_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SPAN: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_TMA: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    HAS_ASM: tl.constexpr,
+):
+    """The same by programs that walk over tiles: the first loads of a tile are on their way while the one before it is
+    stored. x and w are descriptors."""
+    num_tiles = tl.cdiv(num_rows, ROWS) * tl.cdiv(num_columns, COLUMNS)
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
+        row_tile, column_tile = tile_of_program(tile, num_rows, num_columns, ROWS, COLUMNS, SPAN)
+        sums = tl.zeros([ROWS, COLUMNS], tl.int32)
+        for start in range(0, num_features, DEPTH):
+            left = x.load([row_tile * ROWS, start])
+            right = w.load([column_tile * COLUMNS, start]).T
+            sums = tl.dot(left, right, sums, out_dtype=tl.int32)
+        _store_tile(
+            sums, row_tile, column_tile, x_scales, row_scales, residual, factor, y, num_rows, num_columns,
+            residual_stride, y_stride, ROWS, COLUMNS, EPILOGUE, HAS_ASM,
+        )  # fmt: skip
 
 
 def int8_gemm_triton(
@@ -136,37 +275,68 @@ def int8_gemm_triton(
     residual: Residual | None = None,
     launch: GemmLaunch | None = None,
 ) -> Tensor:
-    """One program a tile. Raises: BackendError for features in other than whole blocks of 128."""
-    num_rows, num_features = x.codes.shape
-    num_columns = w.shape[0]
-    check_gemm(x.codes, (num_columns, w.shape[1]), out, residual)
+    """Raises: ValueError for shapes that do not belong together; BackendError for features not in blocks of 128."""
+    check_gemm(x.codes, (w.shape[0], w.shape[1]), out, residual)
+    _launch(x, w, row_scales, out, residual, "plain" if residual is None else "residual", launch)
+    return out
+
+
+def int8_swiglu_triton(
+    x: QuantizedRows, w: Tensor, row_scales: Tensor, out: Tensor, launch: GemmLaunch | None = None
+) -> Tensor:
+    """Raises: ValueError for shapes that do not belong together; BackendError for features not in blocks of 128."""
+    num_outputs = w.shape[0] // 2
+    if w.shape[0] % 2:
+        raise ValueError(f"w is {tuple(w.shape)}: its rows are not in pairs")
+    check_gemm(x.codes, (num_outputs, w.shape[1]), out, None)
+    _launch(x, w, row_scales, out, None, "swiglu", launch)
+    return out
+
+
+def _launch(
+    x: QuantizedRows,
+    w: Tensor,
+    row_scales: Tensor,
+    out: Tensor,
+    residual: Residual | None,
+    epilogue: Literal["plain", "residual", "swiglu"],
+    launch: GemmLaunch | None,
+) -> None:
+    """Launch for checked operands."""
+    (num_rows, num_features), num_columns = x.codes.shape, w.shape[0]
     if num_rows == 0:
-        return out
+        return
     launch = launch or pick_launch(INT8_LAUNCH, compute_capability(w.device), num_rows, *w.shape)
-    left, right = x.codes.contiguous(), w.contiguous()
-    _int8_gemm_kernel[(triton.cdiv(num_rows, launch.rows) * triton.cdiv(num_columns, launch.columns),)](
-        operand(left, (launch.rows, launch.depth), launch),
-        operand(right, (launch.columns, launch.depth), launch),
+    num_programs = triton.cdiv(num_rows, launch.rows) * triton.cdiv(num_columns, launch.columns)
+    if launch.walks:
+        num_programs = min(num_programs, launch.programs * num_multiprocessors(w.device))
+    kernel = _int8_gemm_walk_kernel if launch.walks else _int8_gemm_kernel
+    joined = out if residual is None else residual.values
+    kernel[(num_programs,)](
+        operand(x.codes.contiguous(), (launch.rows, launch.depth), launch),
+        operand(w.contiguous(), (launch.columns, launch.depth), launch),
         x.scales,
         row_scales,
-        out if residual is None else residual.values,
+        joined,
         1.0 if residual is None else residual.factor,
         out,
         num_rows,
         num_columns,
         num_features,
+        joined.stride(0),
+        out.stride(0),
         ROWS=launch.rows,
         COLUMNS=launch.columns,
         DEPTH=launch.depth,
         SPAN=launch.span,
         STAGES=launch.num_stages,
         HAS_TMA=launch.has_tma,
-        HAS_RESIDUAL=residual is not None,
+        EPILOGUE=epilogue,
+        HAS_ASM=HAS_INLINE_ASM,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         enable_fp_fusion=False,
     )
-    return out
 
 
 def int8_gemm(x: QuantizedRows, w: Tensor, row_scales: Tensor, out: Tensor, residual: Residual | None = None) -> Tensor:
@@ -174,6 +344,13 @@ def int8_gemm(x: QuantizedRows, w: Tensor, row_scales: Tensor, out: Tensor, resi
     if use_triton(x.codes, w, out):
         return int8_gemm_triton(x, w, row_scales, out, residual)
     return int8_gemm_reference(x, w, row_scales, out, residual)
+
+
+def int8_swiglu(x: QuantizedRows, w: Tensor, row_scales: Tensor, out: Tensor) -> Tensor:
+    """Products with pairs of rows, gated, into `out`; see the top of the file."""
+    if use_triton(x.codes, w, out):
+        return int8_swiglu_triton(x, w, row_scales, out)
+    return int8_swiglu_reference(x, w, row_scales, out)
 
 
 def operand(matrix: Tensor, block: tuple[int, int], launch: GemmLaunch) -> Any:
@@ -189,9 +366,11 @@ def check_gemm(x: Tensor, w_shape: tuple[int, int], out: Tensor, residual: Resid
     """Raises: ValueError for shapes that do not belong together; BackendError for features not in blocks of 128."""
     num_rows, num_features = x.shape
     num_columns = w_shape[0]
-    if w_shape[1] != num_features or out.shape != (num_rows, num_columns) or not out.is_contiguous():
-        raise ValueError(f"x is {tuple(x.shape)}, w {w_shape}, out {tuple(out.shape)}")
-    if residual is not None and (residual.values.shape != out.shape or not residual.values.is_contiguous()):
-        raise ValueError(f"residual is {tuple(residual.values.shape)}, out {tuple(out.shape)}, contiguous both")
+    if w_shape[1] != num_features or out.shape != (num_rows, num_columns) or out.stride(1) != 1:
+        raise ValueError(f"x is {tuple(x.shape)}, w {w_shape}, out {tuple(out.shape)} {out.stride()}")
+    if residual is not None and (residual.values.shape != out.shape or residual.values.stride(1) != 1):
+        raise ValueError(
+            f"residual is {tuple(residual.values.shape)} {residual.values.stride()}, out {tuple(out.shape)}"
+        )
     if num_features % SPLIT_BLOCK:
         raise BackendError(f"{num_features:,} input features are not in blocks of {SPLIT_BLOCK}", "use bf16 matmul")

@@ -2,12 +2,12 @@
 
     rows        4 bits, math bf16     4 bits, math int8               8 bits
     1 to 16     `gemv`, floats        `gemv`, int8 in groups of 128   `gemv`, int8 in groups of 128
-    more        `route`, bf16         `route`, int8 a row             `kernels.packed_matmul`
+    more        `route`, bf16         `route`, int8 a row             `route`, by a scratch
 
-fp8 math is bf16 math up to `FUSED_ROWS` of `route`. 8-bit weights have no other kernel than that of integers: up to 16
-rows their activations are int8 whatever the math, a relative error of 0.6 % on normal numbers, as much as rounding the
-weights to 8 bits costs.
-Shapes: x [..., K] bf16; y [..., N] bf16.
+fp8 math is bf16 math up to `FUSED_ROWS` of `route`. Few rows have no other kernel for 8-bit weights than that of
+integers: their activations are int8 whatever the math, a relative error of 0.6 % on normal numbers, as much as rounding
+the weights to 8 bits costs. Nothing here waits for the card or decides by what is on it: all of it may stand in a CUDA
+graph. Shapes: x [..., K] bf16; y [..., N] bf16.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,6 @@ from salalocal.kernels.int4.activations_by_group import ACTIVATION_GROUP, RawAct
 from salalocal.kernels.int4.gemv import MAX_TOKENS, PLAIN, PackedMatrix, Scratch, int4_gemv
 from salalocal.kernels.int4.route import Int4Scratch, Math, choose, int4_matmul, new_scratch, prepare
 from salalocal.kernels.int4.scratch import GROUP_SIZES, Int4Weight
-from salalocal.kernels.packed_matmul import packed_matmul
 from salalocal.kernels.packing import PACKED_BITS
 
 
@@ -54,18 +53,17 @@ def why_no_kernel(weight: PackedMatrix, dtype: torch.dtype) -> str:
     return ""
 
 
-def int4_linear(x: Tensor, weight: PackedMatrix, folded: Int4Weight | None, math: Math, workspace: Workspace) -> Tensor:
-    """x @ dequantize(W)^T; `folded` is the matrix as `route` takes it, None for 8 bits."""
+def int4_linear(x: Tensor, weight: PackedMatrix, folded: Int4Weight, math: Math, workspace: Workspace) -> Tensor:
+    """x @ dequantize(W)^T; `folded` is the same matrix as `route` takes it."""
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) == 0 or (folded is None and len(rows) > MAX_TOKENS):
-        return packed_matmul(x, weight.words, weight.scales, weight.bits, weight.group_size, None)
+    if len(rows) == 0:
+        return x.new_empty(*x.shape[:-1], len(weight.words))
     if len(rows) <= MAX_TOKENS:
-        is_int8 = math == "int8" or folded is None
+        is_int8 = math == "int8" or weight.bits == 8
         values = RawActivations(rows.contiguous()) if is_int8 else float_activations(rows)
         y = int4_gemv(values, weight, PLAIN, x.dtype, workspace.gemv)
     else:
-        assert folded is not None
-        route = choose(len(rows), weight.group_size, math, compute_capability(x.device))
+        route = choose(len(rows), weight.group_size, math, compute_capability(x.device), weight.bits)
         out = torch.empty(len(rows), len(weight.words), dtype=x.dtype, device=x.device)
         y = int4_matmul(prepare(rows, route), folded, route, workspace.route, out)
     return y.view(*x.shape[:-1], -1)

@@ -1,4 +1,4 @@
-"""Packed int4 weights unfolded into a scratch that a matrix unit reads: int8, fp8 or bf16; once per prefill chunk.
+"""Packed weights unfolded into a scratch that a matrix unit reads: int8, fp8 or bf16; once per prefill chunk.
 
     int8:  factor[n, g] = floor(scales[n, g] * 254 / max_g |scales[n]| + 1/2)         integers from -254 to 254
            w8[n, k] = floor((code[n, k] * factor[n, g(k)] + 8) / 16)                  W ~ w8 * row_scales[n]
@@ -9,10 +9,12 @@
 
 with code from -8 to 7 and g(k) = k // group_size. One scale an output channel is what an integer GEMM can take outside
 its loop. The int8 form is integer arithmetic only, so that the GEMM that unpacks in registers (`kernels.int4.gemm`)
-and this scratch give the same product to the last bit.
+and this scratch give the same product to the last bit. 8-bit weights, with code from -128 to 127, are the same but for
 
-Shapes: words int32 [N, K / 8], see `kernels.packing`; scales [N, groups]; K a multiple of 128 and of group_size.
-int8 and fp8 lie in split order (`kernels.int4.activations_by_row`), bf16 in plain order.
+    int8:  w8[n, k] = round(code[n, k] * (scales[n, g(k)] / row_scales[n]))         row_scales[n] = max_g |scales[n]|
+
+Shapes: words int32 [N, K * bits / 32], see `kernels.packing`; scales [N, groups]; K a multiple of 128 and of the group
+size. int8 and fp8 lie in split order (`kernels.int4.activations_by_row`), bf16 in plain order.
 """
 
 from typing import NamedTuple
@@ -29,12 +31,15 @@ GROUP_SIZES = (32, 64, 128)
 FACTOR_LIMIT = 254
 _FP8_RATIO = 448.0 / 127.0
 _ROWS, _FEATURES, _WARPS = 8, 512, 4  # the tile of one program
+# 1.5 * 2**23: added to a float below 2**22 it leaves the nearest even integer, as bits of the mantissa.
+_ROUNDER = tl.constexpr(12582912.0)
 
 
 class Int4Weight(NamedTuple):
-    """A packed matrix with what folding its groups needs.
+    """A packed matrix, of 4 bits or of 8, with what folding its groups needs.
 
-    Shapes: words int32 [N, K / 8]; scales [N, groups]; row_scales, inverses fp32 [N]: 254 / max_g |scales|, or 0.
+    Shapes: words int32 [N, K * bits / 32]; scales [N, groups]; row_scales fp32 [N]; inverses fp32 [N]: what makes of
+    scales the factors above, 254 / max_g |scales| or, for 8 bits, 1 / max_g |scales|; 0 for a row of zeros.
     """
 
     words: Tensor
@@ -42,26 +47,42 @@ class Int4Weight(NamedTuple):
     group_size: int
     row_scales: Tensor
     inverses: Tensor
+    bits: int = 4
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+        return self.words.shape[0], self.words.shape[1] * (32 // self.bits)
+
+    def part(self, rows: slice) -> "Int4Weight":
+        """Some output channels, as views."""
+        return self._replace(
+            words=self.words[rows],
+            scales=self.scales[rows],
+            row_scales=self.row_scales[rows],
+            inverses=self.inverses[rows],
+        )
 
 
-def int4_weight(words: Tensor, scales: Tensor, group_size: int) -> Int4Weight:
+def int4_weight(words: Tensor, scales: Tensor, group_size: int, bits: int = 4) -> Int4Weight:
     """Checks a packed matrix and folds its scales. Raises: BackendError for a shape that no kernel here takes."""
-    num_out, num_in = words.shape[0], words.shape[1] * 8
+    num_out, num_in = words.shape[0], words.shape[1] * (32 // bits)
     if group_size not in GROUP_SIZES or num_in % SPLIT_BLOCK:
         raise BackendError(
-            f"int4 weights [{num_out:,}, {num_in:,}] in groups of {group_size}: kernels take groups of 32, 64 and 128 "
-            f"and input features in blocks of {SPLIT_BLOCK}",
+            f"int{bits} weights [{num_out:,}, {num_in:,}] in groups of {group_size}: kernels take groups of 32, 64 "
+            f"and 128 and input features in blocks of {SPLIT_BLOCK}",
             "SALALOCAL_KERNELS=reference computes any shape",
         )
     if scales.shape != (num_out, num_in // group_size):
         raise ValueError(f"scales are {tuple(scales.shape)}, needed are {(num_out, num_in // group_size)}")
     largest = scales.float().abs().amax(dim=1)
-    inverses = torch.where(largest > 0, FACTOR_LIMIT / largest, 0.0)
-    return Int4Weight(words.contiguous(), scales.contiguous(), group_size, largest * (16 / FACTOR_LIMIT), inverses)
+    limit, unit = (FACTOR_LIMIT, 16) if bits == 4 else (1, 1)
+    inverses = torch.where(largest > 0, limit / largest, 0.0)
+    return Int4Weight(words.contiguous(), scales.contiguous(), group_size, largest * (unit / limit), inverses, bits)
 
 
 def folded_factors(weight: Int4Weight) -> Tensor:
-    """The integer factor of every group. Shapes: int32 [N, groups]."""
+    """The integer factor of every group of 4-bit weights. Shapes: int32 [N, groups]."""
     return (weight.scales.float() * weight.inverses.unsqueeze(1) + 0.5).floor().int()
 
 
@@ -72,12 +93,16 @@ def fp8_scales(weight: Int4Weight) -> Tensor:
 
 def decode_int8_definition(weight: Int4Weight) -> Tensor:
     """The formula with fractions, in float64."""
+    if weight.bits == 8:
+        return to_split_order((_centred(weight, torch.float64) * _ratios(weight).double()).round().to(torch.int8))
     product = _centred(weight, torch.float64) * _per_feature(weight, folded_factors(weight)).double()
     return to_split_order(((product + 8) / 16).floor().to(torch.int8))
 
 
 def decode_int8_reference(weight: Int4Weight) -> Tensor:
-    """The same in integers: what a CPU runs."""
+    """The same in integers, or for 8 bits in fp32: what a CPU runs."""
+    if weight.bits == 8:
+        return to_split_order((_centred(weight, torch.float32) * _ratios(weight)).round().to(torch.int8))
     product = _centred(weight, torch.int32) * _per_feature(weight, folded_factors(weight))
     return to_split_order(((product + 8) >> 4).to(torch.int8))
 
@@ -89,7 +114,7 @@ def decode_bf16_reference(weight: Int4Weight) -> Tensor:
 
 def decode_fp8_reference(weight: Int4Weight) -> Tensor:
     """Weights in steps of `fp8_scales`."""
-    ratios = weight.scales.float() * (weight.inverses * (1 / 16 * _FP8_RATIO)).unsqueeze(1)
+    ratios = weight.scales.float() * _fp8_inverses(weight).unsqueeze(1)
     return to_split_order((_centred(weight, torch.float32) * _per_feature(weight, ratios)).to(torch.float8_e4m3fn))
 
 
@@ -152,15 +177,18 @@ def _decode_kernel(
     scales,
     ratios,
     y,
+    y_stride,
     num_rows,
     num_groups,
     GROUP: tl.constexpr,
+    BITS: tl.constexpr,
     KIND: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
     HAS_ASM: tl.constexpr,
 ):
-    """KIND: int8, fp8 or bf16. ratios fp32 [N]: what the scales of a row are multiplied with."""
+    """KIND: int8, fp8 or bf16. octets int8, for 8 bits int16: of two codes each, an even one and an odd one. ratios
+    fp32 [N]: what the scales of a row are multiplied with."""
     HALF: tl.constexpr = GROUP // 2
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None, None]
     group = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None]
@@ -169,40 +197,45 @@ def _decode_kernel(
     place = row.to(tl.int64) * num_groups + group
     packed = tl.load(octets + place * HALF + octet, mask=is_there, other=0)
     scale = tl.load(scales + place, mask=is_there, other=0.0).to(tl.float32)
+    wide = packed.to(tl.int32)
+    MASK: tl.constexpr = (1 << BITS) - 1
+    CENTRE: tl.constexpr = 1 << (BITS - 1)
+    even = ((wide & MASK) - CENTRE).to(tl.float32)
+    odd = (((wide >> BITS) & MASK) - CENTRE).to(tl.float32)
     if KIND == "bf16":
-        wide = packed.to(tl.int32)
-        low = ((wide & 15) - 8).to(tl.float32) * scale
-        high = (((wide >> 4) & 15) - 8).to(tl.float32) * scale
+        low, high = even * scale, odd * scale
         both = tl.interleave(low.to(tl.bfloat16), high.to(tl.bfloat16))
-        tl.store(y + place * GROUP + tl.arange(0, GROUP)[None, None, :], both, mask=is_there)
+        target = y + row.to(tl.int64) * y_stride + group * GROUP
+        tl.store(target + tl.arange(0, GROUP)[None, None, :], both, mask=is_there)
     else:
         ratio = scale * tl.load(ratios + row, mask=row < num_rows, other=0.0)
-        if KIND == "int8":
+        if KIND == "fp8":
+            low, high = (even * ratio).to(tl.float8e4nv), (odd * ratio).to(tl.float8e4nv)
+        elif BITS == 8:
+            low = (even * ratio + _ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
+            high = (odd * ratio + _ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
+        else:
             factors = tl.floor(ratio + 0.5).to(tl.int32)
             low, high = fold_low(packed, factors, HAS_ASM), fold_high(packed, factors, HAS_ASM)
-        else:
-            wide = packed.to(tl.int32)
-            low = (((wide & 15) - 8).to(tl.float32) * ratio).to(tl.float8e4nv)
-            high = ((((wide >> 4) & 15) - 8).to(tl.float32) * ratio).to(tl.float8e4nv)
         column = group * HALF + octet
-        target = y + row.to(tl.int64) * num_groups * GROUP + (column // 64) * 128 + column % 64
+        target = y + row.to(tl.int64) * y_stride + (column // 64) * 128 + column % 64
         tl.store(target, low, mask=is_there)
         tl.store(target + 64, high, mask=is_there)
 
 
 def decode_int8_triton(weight: Int4Weight, out: Tensor) -> Tensor:
-    """int8 weights in split order into `out`. Shapes: out int8 [N, K]."""
+    """int8 weights in split order into `out`, whose rows may lie apart. Shapes: out int8 [N, K]."""
     return _decode(weight, weight.inverses, out, "int8")
 
 
 def decode_bf16_triton(weight: Int4Weight, out: Tensor) -> Tensor:
-    """Plain weights into `out`. Shapes: out bf16 [N, K]."""
+    """Plain weights into `out`, whose rows may lie apart. Shapes: out bf16 [N, K]."""
     return _decode(weight, weight.inverses, out, "bf16")
 
 
 def decode_fp8_triton(weight: Int4Weight, out: Tensor) -> Tensor:
-    """fp8 weights in split order into `out`. Shapes: out float8_e4m3fn [N, K]."""
-    return _decode(weight, weight.inverses * (1 / 16 * _FP8_RATIO), out, "fp8")
+    """fp8 weights in split order into `out`, whose rows may lie apart. Shapes: out float8_e4m3fn [N, K]."""
+    return _decode(weight, _fp8_inverses(weight), out, "fp8")
 
 
 def decode_int8(weight: Int4Weight, out: Tensor) -> Tensor:
@@ -228,19 +261,23 @@ _KINDS = {"int8": torch.int8, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn
 
 
 def _decode(weight: Int4Weight, ratios: Tensor, out: Tensor, kind: str) -> Tensor:
-    num_out, num_in = weight.words.shape[0], weight.words.shape[1] * 8
-    if out.dtype != _KINDS[kind] or out.shape != (num_out, num_in) or not out.is_contiguous():
-        raise ValueError(f"scratch is {out.dtype} {tuple(out.shape)}, needed is {_KINDS[kind]} {(num_out, num_in)}")
+    num_out, num_in = weight.shape
+    if out.dtype != _KINDS[kind] or out.shape != (num_out, num_in) or out.stride(1) != 1:
+        raise ValueError(
+            f"scratch is {out.dtype} {tuple(out.shape)} {out.stride()}, needed is {_KINDS[kind]} {(num_out, num_in)}"
+        )
     num_groups, groups = num_in // weight.group_size, _FEATURES // weight.group_size
     grid = (triton.cdiv(num_out, _ROWS), triton.cdiv(num_groups, groups))
     _decode_kernel[grid](
-        weight.words.view(torch.int8),
+        weight.words.view(torch.int8 if weight.bits == 4 else torch.int16),
         weight.scales,
         ratios,
         out,
+        out.stride(0),
         num_out,
         num_groups,
         GROUP=weight.group_size,
+        BITS=weight.bits,
         KIND=kind,
         ROWS=_ROWS,
         GROUPS=groups,
@@ -252,7 +289,16 @@ def _decode(weight: Int4Weight, ratios: Tensor, out: Tensor, kind: str) -> Tenso
 
 
 def _centred(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
-    return unpack_codes(weight.words, 4, dtype) - 8
+    return unpack_codes(weight.words, weight.bits, dtype).sub_(2 ** (weight.bits - 1))
+
+
+def _ratios(weight: Int4Weight) -> Tensor:
+    """What 8-bit codes are multiplied with, for every feature. Shapes: fp32 [N, K]."""
+    return _per_feature(weight, weight.scales.float() * weight.inverses.unsqueeze(1))
+
+
+def _fp8_inverses(weight: Int4Weight) -> Tensor:
+    return weight.inverses * (_FP8_RATIO / (16 if weight.bits == 4 else 1))
 
 
 def _per_feature(weight: Int4Weight, groups: Tensor) -> Tensor:

@@ -20,9 +20,10 @@ from salalocal.model.state import StateSpec, check_names, check_saved
 class LightningState:
     """The past of one lightning layer: one fp32 matrix per head (float64 in a float64 model)."""
 
-    def __init__(self, matrix: Tensor, num_tokens: int) -> None:
+    def __init__(self, matrix: Tensor, num_tokens: int, is_shared: bool = False) -> None:
         self._matrix = matrix
         self._num_tokens = num_tokens
+        self._is_shared = is_shared
 
     @property
     def num_tokens(self) -> int:
@@ -41,12 +42,23 @@ class LightningState:
 
     def advance(self, matrix: Tensor, num_tokens: int) -> None:
         """Put the matrix after `num_tokens` more tokens in the place of the old one, which is not written to."""
-        self._matrix = matrix
+        self._matrix, self._is_shared = matrix, False
+        self._num_tokens += num_tokens
+
+    def writable(self) -> Tensor:
+        """The matrix for a kernel that advances it in place, a copy if a fork may share it. Shapes: [B, H, K, V]."""
+        if self._is_shared:
+            self._matrix, self._is_shared = self._matrix.clone(), False
+        return self._matrix
+
+    def extend(self, num_tokens: int) -> None:
+        """Count tokens that a kernel folds into the writable matrix."""
         self._num_tokens += num_tokens
 
     def fork(self) -> "LightningState":
         """A second state that goes its own way, at no cost."""
-        return LightningState(self._matrix, self._num_tokens)
+        self._is_shared = True
+        return LightningState(self._matrix, self._num_tokens, is_shared=True)
 
     def tensors(self) -> dict[str, Tensor]:
         """The matrix, named s."""

@@ -17,7 +17,7 @@ from salalocal.kernels.block_topk.prefill import _block_topk_prefill_kernel, pre
 RELEASED = BlockGeometry(kernel_size=32, kernel_stride=16, block_size=64, init_blocks=1, window_size=2048, topk=64)
 KNOWN_SPILL_BYTES = 3072  # in the search for the largest of a full list, which is run a few times a tile
 POINTERS = {"q_ptr": "*bf16", "k1_ptr": "*bf16", "k2_ptr": "*bf16", "picks_ptr": "*i64"}
-LISTS = {"floats_ptr": "*fp32", "blocks_ptr": "*i32"}
+LISTS = {"floats_ptr": "*fp32", "ints_ptr": "*i32"}
 SIZES = {"first_position": "i32", "num_rows": "i32", "num_groups": "i32", "num_tiles": "i32", "log2_scale": "fp32"}
 STRIDES = [f"stride_{axis}" for axis in ("qb", "qt", "qh", "k1b", "k1n", "k1h", "k2b", "k2n", "k2h", "pb", "pt", "pg")]
 CASES = [
@@ -45,18 +45,22 @@ def decode_cases(architecture: int, num_rows: int) -> list[CompileCase]:
     pointers = {"q_ptr": "*bf16", "k1_ptr": "*bf16", "k2_ptr": "*bf16", "position_ptr": "*i64"}
     pointers |= {"parts_ptr": "*fp32", "starts_ptr": "*fp32", "ends_ptr": "*fp32", "picks_ptr": "*i64"}
     strides = dict.fromkeys(("stride_qt", "stride_qh", "stride_kn", "stride_kh", "stride_pt", "stride_pg"), "i32")
-    counts = dict.fromkeys(("num_rows", "num_parts", "num_groups", "capacity"), "i32")
+    counts = dict.fromkeys(("num_rows", "num_parts", "num_groups", "capacity", "num_picks", "sparse_from"), "i32")
     kernels = {
         _normalise_kernel: {"TILE": tile},
         _score_kernel: {"PARTS": 128},
-        _choose_kernel: {"BLOCKS": 2**15},
+        _choose_kernel: {"BLOCKS": 2**15, "PICKS_TILE": 128},
     }
     return [
         CompileCase(
             f"decode {kernel.__name__} {num_rows} rows",
             kernel,
             {**pointers, **strides, **counts, "log2_scale": "fp32"},
-            {name: value for name, value in (constants | own).items() if name in kernel.arg_names},
+            {
+                name: value
+                for name, value in (constants | own | {"PDL": architecture >= 90}).items()
+                if name in kernel.arg_names
+            },
             num_warps=choose_warps(2**15) if kernel is _choose_kernel else launch.num_warps,
             num_stages=launch.num_stages,
             divisible=tuple(name for name in (*pointers, *strides) if name in kernel.arg_names),

@@ -15,8 +15,11 @@ SCALARS = {
     "num_groups": "i32",
     "num_features": "i32",
     "num_splits": "i32",
+    "residual_stride": "i32",
+    "y_stride": "i32",
 }
 ALIGNED = ("x", "octets", "w", "scales", "inverses", "x_scales", "row_scales", "residual", "y", "num_columns")
+STRIDES = ("residual_stride", "y_stride")
 
 # Once a tile, where the residual is loaded beside 128 sums a thread; the loop spills nothing.
 EPILOGUE_SPILL_BYTES = 96
@@ -54,12 +57,12 @@ def int4_case(
     divisible = [one for one in ALIGNED if one in types and not types[one].startswith("tensordesc")]
     return CompileCase(
         name, gemm._int4_gemm_kernel, types, constants, launch.num_warps, launch.num_stages,
-        (*divisible, "partials", "num_groups"), cards,
-        max_spill_bytes=EPILOGUE_SPILL_BYTES if has_splits else 0,
+        (*divisible, *STRIDES, "partials", "num_groups"), cards,
+        max_spill_bytes=EPILOGUE_SPILL_BYTES if has_residual else 0,
     )  # fmt: skip
 
 
-def int8_case(launch: GemmLaunch, has_residual: bool, cards: tuple[int, ...]) -> CompileCase:
+def int8_case(launch: GemmLaunch, epilogue: str, cards: tuple[int, ...]) -> CompileCase:
     types = {"x_scales": "*fp32", "row_scales": "*fp32", "residual": "*bf16", "y": "*bf16"} | SCALARS
     types["x"] = f"tensordesc<i8[{launch.rows}, {launch.depth}]>" if launch.has_tma else "*i8"
     types["w"] = f"tensordesc<i8[{launch.columns}, {launch.depth}]>" if launch.has_tma else "*i8"
@@ -70,13 +73,16 @@ def int8_case(launch: GemmLaunch, has_residual: bool, cards: tuple[int, ...]) ->
         "SPAN": 8,
         "STAGES": launch.num_stages,
         "HAS_TMA": launch.has_tma,
-        "HAS_RESIDUAL": has_residual,
+        "EPILOGUE": epilogue,
+        "HAS_ASM": True,
     }
-    name = f"w8a8 {launch.rows}x{launch.columns}x{launch.depth} {launch.num_warps}w{launch.num_stages}s"
+    name = f"w8a8 {epilogue} {launch.rows}x{launch.columns}x{launch.depth} {launch.num_warps}w{launch.num_stages}s"
+    name += " walks" if launch.walks else ""
     divisible = [one for one in ALIGNED if one in types and not types[one].startswith("tensordesc")]
+    kernel = int8_gemm._int8_gemm_walk_kernel if launch.walks else int8_gemm._int8_gemm_kernel
     return CompileCase(
-        name, int8_gemm._int8_gemm_kernel, types, constants, launch.num_warps, launch.num_stages,
-        (*divisible, "num_features"), cards, max_spill_bytes=EPILOGUE_SPILL_BYTES,
+        name, kernel, types, constants, launch.num_warps, launch.num_stages,
+        (*divisible, *STRIDES, "num_features"), cards, max_spill_bytes=EPILOGUE_SPILL_BYTES,
     )  # fmt: skip
 
 
@@ -93,19 +99,36 @@ def gemm_cases() -> list[CompileCase]:
         for launch, known in cards.items():
             shipped = tuple(sorted(known | (set(OTHERS) if launch in LARGEST else set())))
             if math == "scratch":
-                cases.append(int8_case(launch, True, shipped))
+                cases += [int8_case(launch, epilogue, shipped) for epilogue in ("residual", "swiglu")]
             else:
                 cases.append(int4_case(math, launch, 128, launch.programs > 1, True, shipped))
     return [*cases, int4_case("int8", GemmLaunch(16, 128, 256, 8, 3), 64, False, False, (120,))]
 
 
-def scratch_case(kind: str, group: int) -> CompileCase:
+def scratch_case(kind: str, group: int, bits: int = 4) -> CompileCase:
     y = {"int8": "*i8", "bf16": "*bf16", "fp8": "*fp8e4nv"}[kind]
-    types = {"octets": "*i8", "scales": "*bf16", "ratios": "*fp32", "y": y, "num_rows": "i32", "num_groups": "i32"}
-    constants = {"GROUP": group, "KIND": kind, "ROWS": scratch._ROWS, "GROUPS": 512 // group, "HAS_ASM": True}
+    types = {
+        "octets": "*i8" if bits == 4 else "*i16",
+        "scales": "*bf16",
+        "ratios": "*fp32",
+        "y": y,
+        "y_stride": "i32",
+        "num_rows": "i32",
+        "num_groups": "i32",
+    }
+    constants = {
+        "GROUP": group,
+        "BITS": bits,
+        "KIND": kind,
+        "ROWS": scratch._ROWS,
+        "GROUPS": 512 // group,
+        "HAS_ASM": True,
+    }
     cards = (90, 120) if kind == "bf16" else (90,)  # the one with most registers on all
-    divisible = ("octets", "scales", "ratios", "y", "num_rows", "num_groups")
-    return CompileCase(f"scratch {kind} g{group}", scratch._decode_kernel, types, constants, 4, 3, divisible, cards)
+    divisible = ("octets", "scales", "ratios", "y", "y_stride", "num_rows", "num_groups")
+    return CompileCase(
+        f"scratch {kind} g{group} {bits} bits", scratch._decode_kernel, types, constants, 4, 3, divisible, cards
+    )
 
 
 def quantize_case(name: str, block: int, limit: float) -> CompileCase:
@@ -130,7 +153,7 @@ def quantize_case(name: str, block: int, limit: float) -> CompileCase:
 
 CASES = [
     *gemm_cases(),
-    *(scratch_case(kind, 128) for kind in ("int8", "bf16", "fp8")),
+    *(scratch_case(kind, 128, bits) for kind in ("int8", "bf16", "fp8") for bits in (4, 8)),
     *(quantize_case(name, 16384, 127.0) for name in ("rows", "norm", "swiglu", "split")),
     quantize_case("rows", 4096, 448.0),
 ]

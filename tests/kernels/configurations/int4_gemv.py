@@ -24,7 +24,8 @@ STANDING_FOR = {80: (86,), 90: (90, 120)}
 OTHERS = (80, 89)
 NOT_ALONE = (("int8", 8, 2), ("int8", 8, 8))  # lines whose neighbours do more with the same launch
 POINTERS = {"x_ptr": "*i32", "x_scales_ptr": "*fp32", "words_ptr": "*i32", "scales_ptr": "*bf16", "out_ptr": "*bf16"}
-NUMBERS = {"factor": "fp32", "num_tokens": "i32", "num_rows": "i32", "residual_stride": "i32"}
+NUMBERS = {"factor": "fp32", "num_tokens": "i32", "num_rows": "i32"}
+STRIDES = {"residual_stride": "i32", "out_stride": "i32"}
 # The epilogues of the released shapes [N, K]; any other shape is plain.
 EPILOGUES = {(32768, 4096): "swiglu", (4096, 16384): "residual", (4096, 4096): "residual"}
 
@@ -37,7 +38,7 @@ def product_case(
     constants: dict[str, Any] = {"K": shape[1], "GROUP": 128, "BITS": bits, "EPILOGUE": epilogue}
     constants["PDL"] = min(architectures) >= PDL_CAPABILITY
     constants |= {"ROWS": launch.rows, "NATIVE": True}
-    types = POINTERS | NUMBERS | {"residual_ptr": "*bf16"}
+    types = POINTERS | NUMBERS | STRIDES | {"residual_ptr": "*bf16"}
     if epilogue == "best":
         types |= {"residual_ptr": "*i64", "out_ptr": "*i64"}
     kernel: Any
@@ -64,7 +65,7 @@ def product_case(
         constants=constants,
         num_warps=launch.num_warps,
         num_stages=stages,
-        divisible=(*(name for name in types if name.endswith("_ptr")), "num_rows", "residual_stride"),
+        divisible=(*(name for name in types if name.endswith("_ptr")), "num_rows", *STRIDES),
         architectures=architectures,
     )
 

@@ -5,16 +5,20 @@ import torch
 from torch import Tensor
 
 from salalocal.errors import BackendError
+from salalocal.kernels.gated_norm import GatedNorm
 from salalocal.kernels.int4 import activations_by_row as module
 from salalocal.kernels.int4.activations_by_row import (
     QuantizedRows,
     from_split_order,
+    gate_quantize_triton,
+    gated_norm_quantize_rows,
     quantize_rows,
     quantize_rows_definition,
     quantize_rows_reference,
     quantize_rows_triton,
     rms_norm_quantize_rows,
     rms_norm_quantize_rows_triton,
+    sigmoid_gate_quantize_rows,
     split_rows,
     split_rows_triton,
     swiglu_quantize,
@@ -131,6 +135,30 @@ def test_the_activation_on_the_way_is_the_activation_before(generator: torch.Gen
     assert torch.allclose(made.scales, expected.scales, rtol=1e-2 if dtype == torch.bfloat16 else 2e-3)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("has_norm", (False, True), ids=("gate", "norm and gate"))
+def test_the_gate_on_the_way_is_the_gate_before(generator: torch.Generator, dtype: torch.dtype, has_norm: bool) -> None:
+    stacked = (2 * torch.randn(1, 5, 900, generator=generator)).to(dtype)
+    x, gate = stacked[..., :384], stacked[..., 400:784]  # slices of a stacked projection
+    weight = torch.rand(384, generator=generator).to(dtype)
+    if has_norm:
+        expected = gated_norm_quantize_rows(x, GatedNorm(weight=weight, gate=gate, eps=1e-6))
+        made = gate_quantize_triton(x, gate, (weight, 1e-6))
+    else:
+        expected, made = sigmoid_gate_quantize_rows(x, gate), gate_quantize_triton(x, gate)
+    assert made.codes.shape == (1, 5, 384) and made.scales.shape == (1, 5)
+    assert (made.codes.int() - expected.codes.int()).abs().max() <= 1
+    assert (made.codes != expected.codes).float().mean() < 0.02
+    assert torch.allclose(made.scales, expected.scales, rtol=1e-2 if dtype == torch.bfloat16 else 2e-3)
+
+
+def test_a_gate_that_is_no_number_shows(generator: torch.Generator) -> None:
+    x, gate = torch.randn(3, 128, generator=generator).bfloat16(), torch.zeros(3, 128).bfloat16()
+    gate[1, 5] = torch.nan
+    for norm in (None, (torch.ones(128).bfloat16(), 1e-6)):
+        assert gate_quantize_triton(x, gate, norm).scales.isnan().tolist() == [False, True, False]
+
+
 def test_rows_that_cannot_be_quantized_are_refused() -> None:
     with pytest.raises(BackendError, match="200 features"):
         quantize_rows(torch.ones(2, 200))
@@ -138,3 +166,5 @@ def test_rows_that_cannot_be_quantized_are_refused() -> None:
         quantize_rows_triton(torch.ones(1, 65_664))
     with pytest.raises(ValueError, match="gate is"):
         swiglu_quantize_triton(torch.ones(2, 128), torch.ones(2, 256))
+    with pytest.raises(ValueError, match="gate"):
+        gate_quantize_triton(torch.ones(1, 128), torch.ones(2, 128))

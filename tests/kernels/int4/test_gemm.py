@@ -68,10 +68,11 @@ def test_int8_math_makes_the_bits_of_the_scratch_route(
     residual = Residual(torch.randn(17, 40, generator=generator).bfloat16(), 0.25) if has_residual else None
     expected = int4_gemm_reference(x, weight, torch.empty(17, 40, dtype=torch.bfloat16), residual)
     assert torch.allclose(expected.double(), int4_gemm_definition(x, weight, residual), rtol=2**-8, atol=1e-6)
-    guarded = torch.full((19, 40), torch.nan, dtype=torch.bfloat16)
-    int4_gemm_triton(x, weight, guarded[1:-1], workspace, residual, SETTINGS[setting])
-    assert torch.equal(guarded[1:-1], expected)
-    assert guarded[0].isnan().all() and guarded[-1].isnan().all()
+    guarded = torch.full((19, 56), torch.nan, dtype=torch.bfloat16)
+    int4_gemm_triton(x, weight, guarded[1:-1, 8:48], workspace, residual, SETTINGS[setting])
+    assert torch.equal(guarded[1:-1, 8:48], expected)
+    guarded[1:-1, 8:48] = torch.nan
+    assert guarded.isnan().all()
     assert workspace.counters.eq(0).all()
     assert workspace.partials.ne(0x7FC00000).any() == (setting == "split")
     assert torch.equal(int4_gemm(x, weight, torch.empty_like(expected), workspace, residual), expected)
@@ -173,6 +174,9 @@ def test_activations_and_groups_without_a_kernel_are_refused(
         int4_gemm_triton(quantize_rows(x), weight, out, workspace)
     with pytest.raises(BackendError, match="float32"):
         int4_gemm_triton(x, weight, out, workspace)
+    eight = int4_weight(torch.zeros(16, 64, dtype=torch.int32), torch.ones(16, 2).bfloat16(), 128, bits=8)
+    with pytest.raises(BackendError, match="8-bit"):
+        int4_gemm_triton(quantize_rows(x), eight, out, workspace)
     with pytest.raises(ValueError, match="out"):
         int4_gemm_triton(x.bfloat16(), weight, torch.empty(3, 16), workspace)
     empty = QuantizedRows(torch.empty(0, 256, dtype=torch.int8), torch.empty(0))

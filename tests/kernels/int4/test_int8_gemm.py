@@ -12,7 +12,12 @@ from salalocal.kernels.int4.int8_gemm import (
     int8_gemm_definition,
     int8_gemm_reference,
     int8_gemm_triton,
+    int8_swiglu,
+    int8_swiglu_definition,
+    int8_swiglu_reference,
+    int8_swiglu_triton,
 )
+from salalocal.kernels.swiglu import swiglu_definition
 
 ROUNDING = {torch.bfloat16: 2**-8, torch.float32: 1e-6}
 
@@ -28,12 +33,19 @@ def operands(generator: torch.Generator, m: int, n: int, k: int) -> tuple[Quanti
     return x, w, torch.rand(n, generator=generator) * 0.01
 
 
+LAUNCHES = {
+    "pointers": GemmLaunch(16, 32, num_stages=2, span=2),
+    "copy engine": GemmLaunch(16, 32, num_stages=2, has_tma=True, span=2),
+    "walk": GemmLaunch(16, 32, num_stages=2, has_tma=True, span=2, walks=True, programs=3),
+}
+
+
 @pytest.mark.parametrize("shape", [(1, 40, 128), (33, 72, 384)])
-@pytest.mark.parametrize("has_tma", [False, True])
+@pytest.mark.parametrize("launch", LAUNCHES)
 @pytest.mark.parametrize("has_residual", [False, True])
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 def test_the_kernel_makes_the_bits_of_the_reference(
-    generator: torch.Generator, shape: tuple[int, int, int], has_tma: bool, has_residual: bool, dtype: torch.dtype
+    generator: torch.Generator, shape: tuple[int, int, int], launch: str, has_residual: bool, dtype: torch.dtype
 ) -> None:
     m, n, _ = shape
     x, w, row_scales = operands(generator, *shape)
@@ -42,12 +54,46 @@ def test_the_kernel_makes_the_bits_of_the_reference(
     exact = int8_gemm_definition(x, w, row_scales, residual)
     assert torch.allclose(expected.double(), exact, rtol=ROUNDING[dtype], atol=1e-6)
     guarded = torch.full((m + 2, n), torch.nan, dtype=dtype)
-    int8_gemm_triton(
-        x, w, row_scales, guarded[1:-1], residual, GemmLaunch(16, 32, num_stages=2, has_tma=has_tma, span=2)
-    )
+    int8_gemm_triton(x, w, row_scales, guarded[1:-1], residual, LAUNCHES[launch])
     assert torch.equal(guarded[1:-1], expected)
     assert guarded[0].isnan().all() and guarded[-1].isnan().all()
     assert torch.equal(int8_gemm(x, w, row_scales, torch.empty(m, n, dtype=dtype), residual), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 128), (33, 72, 384)])
+@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_gate_and_up_in_pairs_are_gated_on_the_way_out(
+    generator: torch.Generator, shape: tuple[int, int, int], launch: str, dtype: torch.dtype
+) -> None:
+    m, n, _ = shape
+    x, w, row_scales = operands(generator, m, 2 * n, shape[2])
+    pairs = torch.stack((w[:n], w[n:]), dim=1).flatten(0, 1)
+    products = int8_gemm_definition(x, w, row_scales).to(dtype)
+    exact = swiglu_definition(products[:, :n], products[:, n:])
+    assert torch.equal(int8_swiglu_definition(x, pairs, row_scales, dtype), exact)
+    reference = int8_swiglu_reference(x, pairs, row_scales, torch.empty(m, n, dtype=dtype))
+    bound = 2 * ROUNDING[dtype] if dtype == torch.bfloat16 else 1e-5  # exponentials of three makers
+    # A gate far below zero that the reference rounds the other way makes a larger difference.
+    assert torch.isclose(reference, exact, rtol=bound, atol=1e-6).float().mean() > 0.98
+    assert torch.equal(int8_swiglu(x, pairs, row_scales, torch.empty(m, n, dtype=dtype)), reference)
+    guarded = torch.full((m + 2, n + 16), torch.nan, dtype=dtype)
+    int8_swiglu_triton(x, pairs, row_scales, guarded[1:-1, 8:-8], LAUNCHES[launch])
+    made = guarded[1:-1, 8:-8].clone()
+    assert torch.allclose(made, reference, rtol=bound, atol=1e-6)
+    assert dtype != torch.bfloat16 or (made == reference).float().mean() > 0.9
+    guarded[1:-1, 8:-8] = torch.nan
+    assert guarded.isnan().all()
+
+
+def test_rows_of_outputs_and_residuals_may_lie_apart(generator: torch.Generator) -> None:
+    x, w, row_scales = operands(generator, 20, 40, 128)
+    wide, stream = torch.full((20, 100), torch.nan), torch.randn(20, 64, generator=generator)
+    expected = int8_gemm_reference(x, w, row_scales, torch.empty(20, 40), Residual(stream[:, 8:48], 0.5))
+    launch = GemmLaunch(16, 32, num_stages=2)
+    int8_gemm_triton(x, w, row_scales, wide[:, 30:70], Residual(stream[:, 8:48], 0.5), launch)
+    assert torch.equal(wide[:, 30:70], expected)
+    assert wide[:, :30].isnan().all() and wide[:, 70:].isnan().all()
 
 
 def test_the_product_may_land_on_the_residual(generator: torch.Generator) -> None:
@@ -83,6 +129,10 @@ def test_shapes_that_do_not_belong_together_are_refused(generator: torch.Generat
         int8_gemm_triton(x, w, row_scales, torch.empty(4, 9))
     with pytest.raises(ValueError, match="residual"):
         int8_gemm_triton(x, w, row_scales, torch.empty(4, 8), Residual(torch.empty(8, 4).t(), 1.0))
+    with pytest.raises(ValueError, match="not in pairs"):
+        int8_swiglu_triton(x, w[:7], row_scales, torch.empty(4, 3))
+    with pytest.raises(ValueError, match="out"):
+        int8_swiglu_triton(x, w, row_scales, torch.empty(4, 8))
     ragged = QuantizedRows(x.codes[:, :64].contiguous(), x.scales)
     with pytest.raises(BackendError, match="blocks of 128"):
         int8_gemm_triton(ragged, w[:, :64].contiguous(), row_scales, torch.empty(4, 8))

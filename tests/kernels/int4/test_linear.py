@@ -17,8 +17,8 @@ def workspace() -> Workspace:
     return new_workspace(CPU, 64 * 256, "bf16")
 
 
-def folded(weight: PackedWeight) -> Int4Weight | None:
-    return int4_weight(weight.words, weight.scales, weight.group_size) if weight.bits == 4 else None
+def folded(weight: PackedWeight) -> Int4Weight:
+    return int4_weight(weight.words, weight.scales, weight.group_size, weight.bits)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 16, 17, 600])
@@ -26,6 +26,7 @@ def folded(weight: PackedWeight) -> Int4Weight | None:
     (IntScheme(4, 128), "bf16", 4e-3),
     (IntScheme(4, 64), "int8", 2e-2),
     (IntScheme(8, 128), "bf16", 1e-2),
+    (IntScheme(8, 64), "int8", 2e-2),
 ], ids=str)  # fmt: skip
 def test_every_number_of_rows_gives_the_product(
     seed: int, workspace: Workspace, rows: int, scheme: IntScheme, math: Math, bound: float

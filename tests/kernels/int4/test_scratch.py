@@ -29,14 +29,14 @@ from salalocal.kernels.packing import pack_codes
 
 
 def random_int4(
-    num_out: int, num_in: int, group_size: int, seed: int, dtype: torch.dtype = torch.bfloat16
+    num_out: int, num_in: int, group_size: int, seed: int, dtype: torch.dtype = torch.bfloat16, bits: int = 4
 ) -> Int4Weight:
     """Codes of every value, scales within a factor of two, a row of zeros and a negative scale."""
     generator = torch.Generator().manual_seed(seed)
-    words = torch.randint(-(2**31), 2**31, (num_out, num_in // 8), generator=generator).to(torch.int32)
+    words = torch.randint(-(2**31), 2**31, (num_out, num_in * bits // 32), generator=generator).to(torch.int32)
     scales = torch.rand(num_out, num_in // group_size, generator=generator) * 0.01 + 0.01
     scales[1], scales[2, 0] = 0, -0.015
-    return int4_weight(words, scales.to(dtype), group_size)
+    return int4_weight(words, scales.to(dtype), group_size, bits)
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
@@ -56,9 +56,36 @@ def test_int8_weights_are_the_definition_to_the_last_bit(
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_bf16_weights_are_the_dequantized_ones(seed: int, group_size: int) -> None:
-    weight = random_int4(9, 640, group_size, seed)
-    expected = dequantize_rows(weight.words, weight.scales, 4, group_size, None, torch.bfloat16)
+def test_eight_bits_get_one_scale_a_row(seed: int, group_size: int) -> None:
+    weight = random_int4(9, 640, group_size, seed, bits=8)
+    assert weight.shape == (9, 640)
+    exact, reference = decode_int8_definition(weight), decode_int8_reference(weight)
+    differences = (
+        reference.int() - exact.int()
+    ).abs()  # where a group has half the scale of its row, halves are common
+    assert differences.max() <= 1 and differences.float().mean() < 1e-2
+    guarded = torch.full((11, 640), -77, dtype=torch.int8)
+    assert torch.equal(decode_int8_triton(weight, guarded[1:-1]), reference)
+    assert guarded[0].eq(-77).all() and guarded[-1].eq(-77).all()
+    assert torch.equal(decode_int8(weight, torch.empty(9, 640, dtype=torch.int8)), reference)
+    values = from_split_order(reference).double() * weight.row_scales.double().unsqueeze(1)
+    plain = dequantize_rows(weight.words, weight.scales, 8, group_size, None, torch.float64)
+    assert (values - plain).abs().amax(dim=1).le(0.5001 * weight.row_scales).all()
+    assert values[1].eq(0).all() and plain[0].abs().max() > 100 * weight.row_scales[0]
+
+
+def test_fp8_of_eight_bits_is_within_a_step(seed: int) -> None:
+    weight = random_int4(9, 256, 64, seed, bits=8)
+    values = from_split_order(decode_fp8_reference(weight)).double() * fp8_scales(weight).double().unsqueeze(1)
+    exact = dequantize_rows(weight.words, weight.scales, 8, 64, None, torch.float64)
+    assert torch.allclose(values, exact, rtol=1 / 15, atol=float(weight.row_scales.max()) * 1e-2)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_bf16_weights_are_the_dequantized_ones(seed: int, group_size: int, bits: int) -> None:
+    weight = random_int4(9, 640, group_size, seed, bits=bits)
+    expected = dequantize_rows(weight.words, weight.scales, bits, group_size, None, torch.bfloat16)
     assert torch.equal(decode_bf16_reference(weight), expected)
     guarded = torch.full((11, 640), torch.nan, dtype=torch.bfloat16)
     assert torch.equal(decode_bf16_triton(weight, guarded[1:-1]), expected)

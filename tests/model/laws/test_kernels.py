@@ -11,6 +11,7 @@ import torch
 from salalocal.kernels.block_attention import block_attention
 from salalocal.kernels.block_topk import BlockGeometry, block_topk
 from salalocal.kernels.dense_attention import dense_attention
+from salalocal.kernels.kv_cache import KeyValues
 from salalocal.kernels.lightning import lightning, lightning_slopes
 from salalocal.kernels.norm import rms_norm
 from salalocal.kernels.pooled_keys import num_pooled, pooled_keys
@@ -87,7 +88,7 @@ def test_pooling_choice_and_attention(draw: int, seed: int) -> None:
         assert np.allclose(windows[0].numpy(), oracle.compressed_keys(k[0].numpy(), *sizes), rtol=0, atol=1e-13), note
         pooled.append(windows)
     blocks = block_topk(q, *pooled, first, length, BlockGeometry(**vars(geometry)), scale)
-    attended = block_attention(q, k, v, blocks, first, geometry.block_size, scale)[0].numpy()
+    attended = block_attention(q, KeyValues(k, v), blocks, first, geometry.block_size, scale)[0].numpy()
     wide = [x[0].numpy() for x in (q, k, v, *pooled)]
     chosen = [
         oracle.select_row(wide[0][row], wide[3], wide[4], first + row, geometry, scale) for row in range(length - first)
@@ -117,7 +118,7 @@ def test_attention_over_any_blocks_and_over_all(draw: int, seed: int) -> None:
     width = max(len(blocks) for row in picked for blocks in row)
     table = torch.tensor([[[*blocks, *[-1] * (width - len(blocks))] for blocks in row] for row in picked])[None]
     wide = [x[0].numpy() for x in (q, k, v)]
-    got = block_attention(q, k, v, table, first, size, 0.4)[0].numpy()
+    got = block_attention(q, KeyValues(k, v), table, first, size, 0.4)[0].numpy()
     assert np.allclose(got, oracle.block_attention(*wide, picked, first, size, 0.4), rtol=0, atol=1e-11)
     got = dense_attention(q, k, v, 0.4, first)[0].numpy()
     assert np.allclose(got, oracle.dense_attention(*wide, first, 0.4), rtol=0, atol=1e-11)

@@ -13,6 +13,7 @@ from small_configs import CONFIGS
 from salalocal.kernels.block_attention import block_attention
 from salalocal.kernels.block_topk import BlockGeometry, block_topk
 from salalocal.kernels.dense_attention import dense_attention
+from salalocal.kernels.kv_cache import KeyValues
 from salalocal.kernels.pooled_keys import num_pooled, pooled_keys
 
 RELEASED = oracle.Geometry.of(small_configs.RELEASED["sparse_config"])
@@ -60,7 +61,7 @@ def test_released_geometry_chooses_and_attends_as_the_oracle(first: int, last: i
     scale = 1 / math.sqrt(8)
     k1, k2 = compressed(k, RELEASED)
     blocks = block_topk(q, k1, k2, first, last, geometry_of(RELEASED), scale)
-    got = block_attention(q, k, v, blocks, first, RELEASED.block_size, scale)[0].numpy()
+    got = block_attention(q, KeyValues(k, v), blocks, first, RELEASED.block_size, scale)[0].numpy()
     dense = dense_attention(q, k, v, scale, first)[0].numpy()
     wide1 = oracle.compressed_keys(k[0].numpy(), 32, 16)
     wide2 = oracle.compressed_keys(k[0].numpy(), 128, 64)

@@ -119,7 +119,7 @@ def test_pooled_keys_follow_the_keys_however_they_came(name: str, seed: int) -> 
                 kernel, stride = factor * sizes["kernel_size"], factor * sizes["kernel_stride"]
                 pooled = getattr(state, level)
                 assert pooled.shape[1] == num_pooled(end, kernel, stride)
-                exact = pooled_keys_definition(state.keys.double(), 0, pooled.shape[1], kernel, stride)
+                exact = pooled_keys_definition(state.key_values.keys.double(), 0, pooled.shape[1], kernel, stride)
                 torch.testing.assert_close(pooled.double(), exact, rtol=0, atol=1e-6)
                 if level in before:
                     assert torch.equal(pooled[:, : before[level].shape[1]], before[level])
@@ -157,7 +157,7 @@ def test_a_saved_state_goes_on_where_it_was(num_tokens: int, seed: int) -> None:
         assert (loaded.num_tokens, loaded.sparse_from) == (num_tokens, 100)
         assert torch.equal(read(mixer, x[:, num_tokens:], loaded), read(mixer, x[:, num_tokens:], state))
         saved["k"].zero_()
-        assert num_tokens == 0 or loaded.keys.abs().sum() > 0
+        assert num_tokens == 0 or loaded.key_values.keys.abs().sum() > 0
 
 
 def test_a_saved_state_that_does_not_fit_is_refused(seed: int) -> None:

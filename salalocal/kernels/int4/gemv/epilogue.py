@@ -32,6 +32,7 @@ def write_token(
     num_tokens,
     num_rows,
     residual_stride,
+    out_stride,
     EPILOGUE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -42,7 +43,7 @@ def write_token(
         n = tile * (ROWS // 2) + tl.arange(0, ROWS // 2)
         y = gate / (1.0 + tl.exp(-gate)) * up
         half = num_rows // 2
-        tl.store(out_ptr + token * half + n, y.to(out_ptr.dtype.element_ty), mask=(n < half) & is_token)
+        tl.store(out_ptr + token * out_stride + n, y.to(out_ptr.dtype.element_ty), mask=(n < half) & is_token)
     else:
         n = tile * ROWS + tl.arange(0, ROWS)
         inside = (n < num_rows) & is_token
@@ -53,4 +54,4 @@ def write_token(
         else:
             if EPILOGUE == "residual":
                 y += tl.load(residual_ptr + token * residual_stride + n, mask=inside, other=0.0).to(tl.float32)
-            tl.store(out_ptr + token * num_rows + n, y.to(out_ptr.dtype.element_ty), mask=inside)
+            tl.store(out_ptr + token * out_stride + n, y.to(out_ptr.dtype.element_ty), mask=inside)

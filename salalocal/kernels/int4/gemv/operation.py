@@ -58,10 +58,12 @@ def int4_gemv_triton(
     dtype: torch.dtype = torch.bfloat16,
     scratch: Scratch | None = None,
     launch: Launch | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Checks, chooses a launch unless one is given, and launches.
+    """Checks, chooses a launch unless one is given, and launches; `out`, whose rows may lie apart, says the dtype.
 
-    `scratch` is needed in a CUDA graph; without it, memory is allocated for a launch that needs some.
+    `scratch` is needed in a CUDA graph; without it, memory is allocated for a launch that needs some. `out` may be the
+    residual itself.
     Raises: BackendError for what the kernels do not take; ValueError for shapes that do not belong together.
     """
     shape = shape_of(weight)
@@ -78,7 +80,11 @@ def int4_gemv_triton(
         num_out, dtype = triton.cdiv(shape.N, launch.rows), torch.int64
     if epilogue.kind == "swiglu" and launch.rows < 2:
         raise BackendError(f"swiglu takes gate and up rows in one program, the launch has {launch.rows} row")
-    product = Product(x, weight, epilogue, torch.empty(num_tokens, num_out, dtype=dtype, device=x.values.device))
+    if out is None:
+        out = torch.empty(num_tokens, num_out, dtype=dtype, device=x.values.device)
+    elif out.shape != (num_tokens, num_out) or out.stride(1) != 1 or epilogue.kind == "best":
+        raise ValueError(f"out is {tuple(out.shape)} {out.stride()}, needed is {(num_tokens, num_out)}")
+    product = Product(x, weight, epilogue, out)
     if isinstance(launch, TileLaunch):
         launch_tiles(product, launch, scratch)
     elif isinstance(launch, StreamLaunch):
@@ -94,11 +100,13 @@ def int4_gemv(
     epilogue: Epilogue = PLAIN,
     dtype: torch.dtype = torch.bfloat16,
     scratch: Scratch | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """What a decode step calls."""
+    """What a decode step calls. Shapes: out [M, N], if given, rows may lie apart; it says the dtype."""
     if use_triton(x.values, weight.words):
-        return int4_gemv_triton(x, weight, epilogue, dtype, scratch)
-    return int4_gemv_reference(x, weight, epilogue, dtype)
+        return int4_gemv_triton(x, weight, epilogue, dtype, scratch, out=out)
+    y = int4_gemv_reference(x, weight, epilogue, dtype if out is None else out.dtype)
+    return y if out is None else out.copy_(y)
 
 
 def _check_operands(x: Activations, weight: PackedMatrix, epilogue: Epilogue) -> None:

@@ -177,6 +177,7 @@ def _int4_gemv_stream_kernel(
     num_tokens,
     num_rows,
     residual_stride,
+    out_stride,
     K: tl.constexpr,
     GROUP: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -225,21 +226,26 @@ def _int4_gemv_stream_kernel(
         words = tl.load(word_ptrs + rows * (K // 8), mask=has_next, other=0)
         scales = tl.load(scale_ptrs + rows * (K // GROUP), mask=has_next, other=0.0)
         v = _products(here, scale, x0, odd0, by0, excess0, CHUNKS, ROWS, SPAN, NATIVE)
-        write_token(v, 0, tile, residual_ptr, out_ptr, factor, num_tokens, num_rows, residual_stride, EPILOGUE, ROWS)
+        write_token(
+            v, 0, tile, residual_ptr, out_ptr, factor, num_tokens, num_rows, residual_stride, out_stride, EPILOGUE, ROWS
+        )
         if TOKENS > 1:
             v = _products(here, scale, x1, odd1, by1, excess1, CHUNKS, ROWS, SPAN, NATIVE)
             write_token(
-                v, 1, tile, residual_ptr, out_ptr, factor, num_tokens, num_rows, residual_stride, EPILOGUE, ROWS
-            )
+                v, 1, tile, residual_ptr, out_ptr, factor, num_tokens, num_rows, residual_stride, out_stride,
+                EPILOGUE, ROWS,
+            )  # fmt: skip
         if TOKENS > 2:
             v = _products(here, scale, x2, odd2, by2, excess2, CHUNKS, ROWS, SPAN, NATIVE)
             write_token(
-                v, 2, tile, residual_ptr, out_ptr, factor, num_tokens, num_rows, residual_stride, EPILOGUE, ROWS
-            )
+                v, 2, tile, residual_ptr, out_ptr, factor, num_tokens, num_rows, residual_stride, out_stride,
+                EPILOGUE, ROWS,
+            )  # fmt: skip
             v = _products(here, scale, x3, odd3, by3, excess3, CHUNKS, ROWS, SPAN, NATIVE)
             write_token(
-                v, 3, tile, residual_ptr, out_ptr, factor, num_tokens, num_rows, residual_stride, EPILOGUE, ROWS
-            )
+                v, 3, tile, residual_ptr, out_ptr, factor, num_tokens, num_rows, residual_stride, out_stride,
+                EPILOGUE, ROWS,
+            )  # fmt: skip
         tile += stride
 
 
@@ -267,6 +273,7 @@ def launch_stream(product: Product, launch: StreamLaunch) -> None:
         product.num_tokens,
         shape.N,
         product.residual.stride(0),
+        product.out.stride(0),
         K=shape.K,
         GROUP=shape.group_size,
         TOKENS=triton.next_power_of_2(product.num_tokens),

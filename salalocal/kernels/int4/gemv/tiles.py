@@ -107,6 +107,7 @@ def _write_tile(
     num_tokens,
     num_rows,
     residual_stride,
+    out_stride,
     TOKENS: tl.constexpr,
     EPILOGUE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -118,7 +119,9 @@ def _write_tile(
         n = tile * (ROWS // 2) + tl.arange(0, ROWS // 2)[:, None]
         y = gate / (1.0 + tl.exp(-gate)) * up
         half = num_rows // 2
-        tl.store(out_ptr + tokens * half + n, y.to(out_ptr.dtype.element_ty), mask=(n < half) & (tokens < num_tokens))
+        tl.store(
+            out_ptr + tokens * out_stride + n, y.to(out_ptr.dtype.element_ty), mask=(n < half) & (tokens < num_tokens)
+        )
     else:
         n = tile * ROWS + tl.arange(0, ROWS)[:, None]
         inside = (n < num_rows) & (tokens < num_tokens)
@@ -130,7 +133,7 @@ def _write_tile(
         else:
             if EPILOGUE == "residual":
                 y += tl.load(residual_ptr + tokens * residual_stride + n, mask=inside, other=0.0).to(tl.float32)
-            tl.store(out_ptr + tokens * num_rows + n, y.to(out_ptr.dtype.element_ty), mask=inside)
+            tl.store(out_ptr + tokens * out_stride + n, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -261,6 +264,7 @@ def _int4_gemv_tiles_kernel(
     num_tokens,
     num_rows,
     residual_stride,
+    out_stride,
     K: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
@@ -307,8 +311,9 @@ def _int4_gemv_tiles_kernel(
         acc *= 0.0625
     if SPLIT == 1:
         _write_tile(
-            acc, tile, residual_ptr, out_ptr, factor, num_tokens, num_rows, residual_stride, TOKENS, EPILOGUE, ROWS
-        )
+            acc, tile, residual_ptr, out_ptr, factor, num_tokens, num_rows, residual_stride, out_stride, TOKENS,
+            EPILOGUE, ROWS,
+        )  # fmt: skip
     else:
         cells = tile * (ROWS * TOKENS) + tl.arange(0, ROWS)[:, None] * TOKENS + tokens[None, :]
         part_size = tl.num_programs(0) * (ROWS * TOKENS)
@@ -319,8 +324,8 @@ def _int4_gemv_tiles_kernel(
             for other in range(SPLIT):
                 total += tl.load(partials_ptr + other * part_size + cells, cache_modifier=".cg")
             _write_tile(
-                total, tile, residual_ptr, out_ptr, factor, num_tokens, num_rows, residual_stride, TOKENS, EPILOGUE,
-                ROWS,
+                total, tile, residual_ptr, out_ptr, factor, num_tokens, num_rows, residual_stride, out_stride, TOKENS,
+                EPILOGUE, ROWS,
             )  # fmt: skip
             tl.store(tickets_ptr + tile, 0)
 
@@ -346,6 +351,7 @@ def launch_tiles(product: Product, launch: TileLaunch, scratch: Scratch | None) 
         product.num_tokens,
         shape.N,
         product.residual.stride(0),
+        product.out.stride(0),
         K=shape.K,
         GROUP=shape.group_size,
         BITS=shape.bits,

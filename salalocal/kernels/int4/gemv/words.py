@@ -65,6 +65,7 @@ def _int4_gemv_words_kernel(
     num_tokens,
     num_rows,
     residual_stride,
+    out_stride,
     K: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
@@ -128,7 +129,7 @@ def _int4_gemv_words_kernel(
         acc = acc0 if t == 0 else (acc1 if t == 1 else (acc2 if t == 2 else acc3))
         write_token(
             tl.sum(acc, axis=1) * UNIT, token + t, tile, residual_ptr, out_ptr, factor, num_tokens, num_rows,
-            residual_stride, EPILOGUE, ROWS,
+            residual_stride, out_stride, EPILOGUE, ROWS,
         )  # fmt: skip
 
 
@@ -149,6 +150,7 @@ def launch_words(product: Product, launch: WordLaunch) -> None:
         product.num_tokens,
         shape.N,
         product.residual.stride(0),
+        product.out.stride(0),
         K=shape.K,
         GROUP=shape.group_size,
         BITS=shape.bits,

@@ -89,6 +89,27 @@ def test_integer_math_is_the_definition(
         assert relative_error(int4_gemv_triton(x, weight, epilogue, launch=launch), exact) < 4e-3
 
 
+@pytest.mark.parametrize("launch", [WORDS, StreamLaunch(8, 16, 2, 2), TILES, PARTS], ids=str)
+@pytest.mark.parametrize("kind", ["residual", "swiglu"])
+def test_rows_of_the_output_may_lie_apart_and_be_the_residual(seed: int, launch: Launch, kind: str) -> None:
+    weight = packed(40, 256, IntScheme(4, 128), seed)
+    x = quantize_groups_definition(rows(seed, 3, 256))
+    wide = torch.full((5, 64), math.nan)
+    out = wide[1:-1, 8 : 28 if kind == "swiglu" else 48]
+    epilogue = SWIGLU
+    if kind == "residual":
+        epilogue = Epilogue("residual", 0.25, out.copy_(rows(seed + 1, 3, 40)))
+    exact = int4_gemv_definition(x, weight, epilogue)
+    before = out.clone()
+    assert int4_gemv_triton(x, weight, epilogue, launch=launch, out=out) is out
+    assert relative_error(out, exact) < 3e-6
+    assert int4_gemv(x, weight, epilogue, out=out.copy_(before)) is out and relative_error(out, exact) < 3e-6
+    out.fill_(math.nan)
+    assert wide.isnan().all()
+    with pytest.raises(ValueError, match="out is"):
+        int4_gemv_triton(x, weight, epilogue, launch=launch, out=out[:2])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("group_size", "launch"), [(128, TILES), (32, PARTS)])
 def test_float_math_is_the_definition(seed: int, dtype: torch.dtype, group_size: int, launch: Launch) -> None:

@@ -1,0 +1,175 @@
+"""Which model is measured, and opening it: settings come in, a subject goes out; for `run`."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+from typing import get_args
+
+import torch
+
+from salalocal.bench.random_weights import random_engine, random_layout
+from salalocal.bench.subject import EngineSubject, SubjectFacts
+from salalocal.bench.work import SalaCost
+from salalocal.checkpoint.checkpoint import Checkpoint
+from salalocal.checkpoint.folder import ModelFolder
+from salalocal.checkpoint.hub import find_model
+from salalocal.device import device_memory
+from salalocal.engine.budget import (
+    CUDA_DRIVER_BYTES,
+    CacheFormat,
+    Math,
+    PlanOptions,
+    StoredWeights,
+    WeightFormat,
+    fitted,
+    longest_context,
+    plan_memory,
+)
+from salalocal.engine.engine import Engine, EngineConfig
+from salalocal.engine.load import Placement
+from salalocal.errors import HubError, MemoryBudgetError, RequestError
+from salalocal.model.config import SalaConfig
+from salalocal.quant import weight_layout
+from salalocal.quant.int4 import IntScheme
+from salalocal.quant.layout import WeightLayout
+from salalocal.quant.linear import DEFAULT_MATH, KernelLinear
+from salalocal.session.memory import naming_memory_errors
+from salalocal.session.plan import RELEASED_MODEL, short_tokens
+from salalocal.session.runtime import LoadOptions, open_runtime
+from salalocal.session.start import Tell, model_choice
+from salalocal.session.usual_model import newest_copy
+from salalocal.settings import DEFAULT_ORIGIN, Settings
+
+_SCALE_BYTES = 2
+_ROUND_DOWN_TO = 1024
+
+
+def usual_subject(settings: Settings, device: torch.device) -> Settings:
+    """The model to measure where nobody names one: on a card a quantized copy of the released one, or that one, of
+    which random weights of its shape are as good; on a CPU the built-in one."""
+    if settings.origin("model") != DEFAULT_ORIGIN or device.type != "cuda":
+        return settings
+    copy = newest_copy()
+    name, reason = (RELEASED_MODEL, "no --model given") if copy is None else (copy.name, "the newest quantized copy")
+    return replace(settings, model=name, origins={**settings.origins, "model": f"{DEFAULT_ORIGIN}: {reason}"})
+
+
+def find_subject(settings: Settings, tell: Tell) -> ModelFolder | None:
+    """The folder of the chosen model; None for random weights of the released shape, if that one is not here.
+
+    Raises: HubError for another model that is not here.
+    """
+    try:
+        folder = find_model(settings.model)
+    except HubError:
+        if settings.model != RELEASED_MODEL:
+            raise
+        tell(f"model: random int4 weights of the released 9B shape, since {settings.model} is not on this machine")
+        return None
+    tell(model_choice(settings))
+    return folder
+
+
+def open_subject(folder: ModelFolder | None, settings: Settings, device: torch.device, capacity: int) -> EngineSubject:
+    """A model with memory for `capacity` tokens beside it.
+
+    Raises: MemoryBudgetError, CheckpointError, BackendError, RequestError.
+    """
+    if folder is None:
+        return _random_subject(settings, device, capacity)
+    engine = open_runtime(folder, settings.model, LoadOptions.of(settings, capacity)).engine
+    checkpoint = Checkpoint.open(folder)
+    record = checkpoint.config.quantization_config
+    weights = _dtype_name(engine.model.dtype) if record is None else WeightFormat.of_record(record).value
+    size = checkpoint.config.num_parameters
+    about = f"{size / 1e9:.1f} B" if size >= 10**9 else f"{size / 1e6:.1f} M"
+    layout = weight_layout(checkpoint)
+    return _subject(engine, layout, settings.model, f"{settings.model}, {about} parameters, {weights}")
+
+
+def _random_subject(settings: Settings, device: torch.device, capacity: int) -> EngineSubject:
+    config = SalaConfig.released()
+    layout = random_layout(config, device)
+    is_cuda = device.type == "cuda"
+    options = PlanOptions(
+        WeightFormat.INT4,
+        _cache_format(settings.kv_cache, is_cuda),
+        is_cuda=is_cuda,
+        math=_math(settings.math),
+        stored=StoredWeights(WeightFormat.INT4, sum(tensor_bytes(layout, torch.bfloat16).values())),
+    )
+    free = device_memory(device).free_bytes + (CUDA_DRIVER_BYTES if is_cuda else 0)  # the context is there already
+    options = fitted(config, capacity, free, options, settings.chunk_size)
+    needed = plan_memory(config, capacity, options).total_bytes
+    if needed > free:
+        longest = longest_context(config, free, options) // _ROUND_DOWN_TO * _ROUND_DOWN_TO
+        raise MemoryBudgetError(
+            f"{capacity:,} tokens need {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free",
+            f"salalocal bench --ctx {short_tokens(longest)}" if longest else "salalocal bench --model builtin",
+        )
+    with naming_memory_errors("making random weights"):
+        placement = Placement(options.math, options.is_embedding_on_host)
+        engine_config = EngineConfig(options.chunk_size, options.cache is CacheFormat.INT8)
+        engine = random_engine(config, layout, device, placement, engine_config)
+    return _subject(engine, layout, "random", "released shape, 9.5 B parameters, random int4 weights", needed)
+
+
+def _math(name: str | None) -> Math:
+    known: tuple[Math, ...] = get_args(Math)
+    found = [word for word in known if name in (word, None) and (name or word == DEFAULT_MATH)]
+    if not found:
+        raise RequestError(f"--math is {str(name)[:40]!r}, not one of {', '.join(known)}", "for example: --math int8")
+    return found[0]
+
+
+def _cache_format(name: str | None, is_cuda: bool) -> CacheFormat:
+    """What random weights are read with: as exact as they compute, unless 8 bits are asked for."""
+    usual = CacheFormat.BF16 if is_cuda else CacheFormat.FP32
+    if name not in (None, usual.value, CacheFormat.INT8.value):
+        raise RequestError(f"--kv-cache is {name[:40]!r}, not one of {usual.value}, int8", "leave it out")
+    return CacheFormat.INT8 if name == CacheFormat.INT8.value else usual
+
+
+def _subject(
+    engine: Engine, layout: WeightLayout, name: str, description: str, planned_bytes: int | None = None
+) -> EngineSubject:
+    config, dtype = engine.model.config, engine.model.dtype
+    is_int8 = engine.config.is_cache_int8
+    item_bytes = 1 + _SCALE_BYTES / config.sparse.head_dim if is_int8 else float(dtype.itemsize)
+    cost = SalaCost(config, tensor_bytes(layout, dtype), item_bytes, float(dtype.itemsize))
+    facts = SubjectFacts(
+        name=name,
+        description=description,
+        num_parameters=config.num_parameters,
+        model_bytes=cost.model_bytes,
+        dtype=_dtype_name(dtype),
+        math=_math_of(engine),
+        cache="int8" if is_int8 else _dtype_name(dtype),
+        chunk_size=engine.config.chunk_size,
+        planned_bytes=planned_bytes,
+    )
+    return EngineSubject(engine, facts, cost)
+
+
+def tensor_bytes(layout: WeightLayout, dtype: torch.dtype) -> Mapping[str, int]:
+    """Bytes as loaded of every tensor of a checkpoint, packed ones with their scales, by its unpacked name."""
+    sizes = {name: prod(spec.shape) * dtype.itemsize for name, spec in layout.dense.items()}
+    for module, matrix in layout.matrices.items():
+        num_out, num_in = matrix.shape
+        scheme = matrix.scheme
+        if isinstance(scheme, IntScheme):
+            codes = num_out * num_in * scheme.bits // 8
+            sizes[f"{module}.weight"] = codes + _SCALE_BYTES * num_out * scheme.num_groups(num_in)
+        else:
+            sizes[f"{module}.weight"] = matrix.num_bytes
+    return sizes
+
+
+def _math_of(engine: Engine) -> str:
+    """What linear maps are multiplied in: what a module with a choice says, else the dtype of the model."""
+    chosen = {module.math for module in engine.model.modules() if isinstance(module, KernelLinear)}
+    return str(chosen.pop()) if chosen else _dtype_name(engine.model.dtype)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
