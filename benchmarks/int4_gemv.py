@@ -33,7 +33,7 @@ if DRY:
     import interp_compat  # noqa: F401
 
 from benchmarks.budget_report import Report  # noqa: E402
-from benchmarks.int4_gemv_cases import LAYERS, SPARSE_LAYERS, VOCABULARY, Layer, candidates, cases  # noqa: E402
+from benchmarks.int4_gemv_cases import LAYERS, SPARSE_LAYERS, VOCABULARY, Layer, candidates, chosen_cases  # noqa: E402
 from salalocal.kernels.backend import tl, triton  # noqa: E402
 from salalocal.kernels.int4 import activations_by_group  # noqa: E402
 from salalocal.kernels.int4.activations_by_group import (  # noqa: E402
@@ -168,10 +168,10 @@ def measure_ceilings(report: Report) -> None:
     print(f"copy {report.meta['copy_gb_s']:.0f} GB/s, read {report.meta['read_gb_s']:.0f} GB/s", flush=True)
 
 
-def warm(share: tuple[int, int]) -> int:
+def warm(share: tuple[int, int, str]) -> int:
     """Compile a share of all candidates into Triton's cache, on small matrices of the same width."""
-    index, count = share
-    jobs = [(layer, kind, tokens, launch) for layer, kind, tokens in cases()
+    index, count, names = share
+    jobs = [(layer, kind, tokens, launch) for layer, kind, tokens in chosen_cases(names)
             for launch in candidates(layer, kind, tokens)]  # fmt: skip
     seen: set[Any] = set()
     done = 0
@@ -194,10 +194,10 @@ def warm(share: tuple[int, int]) -> int:
     return done
 
 
-def warm_all(report: Report) -> None:
+def warm_all(report: Report, names: str) -> None:
     start, count = time.time(), min(12, (os.cpu_count() or 2))
     with multiprocessing.get_context("spawn").Pool(count) as pool:
-        compiling = pool.map_async(warm, [(index, count) for index in range(count)], chunksize=1)
+        compiling = pool.map_async(warm, [(index, count, names) for index in range(count)], chunksize=1)
         try:
             done = str(sum(compiling.get(timeout=report.left() / 2)))
         except multiprocessing.TimeoutError:
@@ -221,14 +221,12 @@ def rate(report: Report, layer: Layer, us: float, bits: int = 4) -> dict[str, fl
     return {"gb_s": gb_s, "of_read": gb_s / report.meta["read_gb_s"]}
 
 
-def search(report: Report, pattern: str) -> dict[str, dict[tuple[int, int], Launch]]:
+def search(report: Report, names: str) -> dict[str, dict[tuple[int, int], Launch]]:
     """The fastest launch of every case; returned are those of one token, by what the activations are, by shape."""
     best: dict[tuple[str, int, str], tuple[float, Launch]] = {}
     scratch = Scratch.make(DEVICE)
     weights = {layer.name: copies_of(layer) for layer in LAYERS}
-    for layer, math_kind, num_tokens in cases():
-        if pattern not in f"{layer.name} {math_kind} {num_tokens}":
-            continue
+    for layer, math_kind, num_tokens in chosen_cases(names):
         if report.left() < SECONDS_AFTER_SEARCH:
             report.add("search", layer=layer.name, left_out=f"{math_kind} M={num_tokens}: no time left")
             continue
@@ -404,7 +402,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=420)
     parser.add_argument("--only", default="search,chain,vocabulary")
-    parser.add_argument("--cases", default="", help="cases of the search that hold this, such as 'gate_up int8 8'")
+    parser.add_argument("--cases", default="", help="of the search, such as 'o int8 16,gate_up int8'")
     parser.add_argument("--dry", action="store_true", help="tiny shapes in the interpreter: checks this script")
     arguments = parser.parse_args()
     report = Report(arguments.out, arguments.seconds, DEVICE)
@@ -415,7 +413,7 @@ def main() -> None:
         measure_ceilings(report)
         if "search" in wanted:
             if not DRY:
-                warm_all(report)
+                warm_all(report, arguments.cases)
             launches = search(report, arguments.cases)
         for name, section in (("chain", lambda: chain(report, launches)), ("vocabulary", lambda: vocabulary(report))):
             if name not in wanted or report.left() < 15:

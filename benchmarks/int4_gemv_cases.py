@@ -80,6 +80,13 @@ def candidates(layer: Layer, math_kind: str, num_tokens: int) -> list[Launch]:
     return list(dict.fromkeys(fitted(launch, shape) for launch in found))
 
 
+def chosen_cases(names: str) -> list[tuple[Layer, str, int]]:
+    """The cases, or those named, such as `o int8 16,gate_up int8`: each part of what it holds."""
+    parts = names.split(",")
+    return [(layer, kind, tokens) for layer, kind, tokens in cases()
+            if any(f" {part} " in f" {layer.name} {kind} {tokens} " or not part for part in parts)]  # fmt: skip
+
+
 def cases() -> Iterator[tuple[Layer, str, int]]:
     """Layer, what the activations are, tokens: first what a decode step needs, so that a cut leaves that.
     raw: rows that the product norms (where the model does) and quantizes itself."""
@@ -91,3 +98,6 @@ def cases() -> Iterator[tuple[Layer, str, int]]:
     for layer in LAYERS[:2]:
         for num_tokens in (1, TOKENS[-1]):
             yield layer, "float", num_tokens
+    for layer in LAYERS[3:]:
+        for num_tokens in TOKENS[-2:]:
+            yield layer, "int8", num_tokens

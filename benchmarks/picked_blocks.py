@@ -7,9 +7,10 @@ quantized copy's picks agree with the original's.
 For the rows that write the answer (the last one of the prompt and each token drawn) every sparse layer and KV head has
 a list of picked blocks. Two figures per length:
 
-    found    share of needles whose block some head of some layer picks of its own choice for the answer's first row
-    overlap  mean over rows, layers and heads of |picks of both| / |picks of the original|, without the blocks that are
-             always read (the first ones and the local ones); both models read the same prompt and the same answer
+    read     needles whose block some head of some layer reads for the answer's first row, and by how many heads; near
+             the ends of the prompt blocks are read whatever is chosen (the first ones and the local ones)
+    overlap  mean over rows, layers and heads of |picks of both| / |picks of the original|, without those blocks; both
+             models read the same prompt and the same answer
 
 The rows of the answer run module by module, where picks can be seen, whatever reads the prompt.
 """
@@ -36,8 +37,17 @@ from salalocal.prompt.template import document_text
 from salalocal.session.runtime import Runtime
 from salalocal.settings import Settings, parse_tokens
 
-Picks = dict[tuple[int, int, int], set[int]]
-"""Blocks by (row of the answer, call of the layer, KV head), those that are always read left out."""
+
+@dataclass(frozen=True)
+class Picked:
+    """Blocks that one head reads, and those of them that it chose: not the ones that are always read."""
+
+    all: frozenset[int]
+    chosen: frozenset[int]
+
+
+Picks = dict[tuple[int, int, int], Picked]
+"""By row of the answer, sparse layer, KV head."""
 
 
 @dataclass
@@ -49,12 +59,13 @@ class Recorder:
     def of_answer(self, num_layers: int) -> Picks:
         """The picks, row by row; calls come in the order of layers."""
         found: Picks = {}
-        for number, (blocks, position, geometry) in enumerate(self.calls):
+        for number, (rows, position, geometry) in enumerate(self.calls):
             current = position // geometry.block_size
             first_local = current - geometry.local_blocks
-            for head, picked in enumerate(blocks.tolist()):
-                free = {block for block in picked if geometry.init_blocks <= block < first_local}
-                found[number // num_layers, number % num_layers, head] = free
+            for head, picked in enumerate(rows.tolist()):
+                blocks = frozenset(block for block in picked if block >= 0)
+                chosen = frozenset(block for block in blocks if geometry.init_blocks <= block < first_local)
+                found[number // num_layers, number % num_layers, head] = Picked(blocks, chosen)
         return found
 
 
@@ -116,14 +127,15 @@ def measured(runtimes: list[Runtime], case: Case) -> dict[str, Any]:
     if not each[0]:
         raise ValueError(f"{len(prompt):,} tokens are read densely: nothing is picked")
     block = needle_block(first, question, first.config.sparse.block_size)
-    at_first = [blocks for (row, _, _), blocks in each[0].items() if row == 0]
-    overlaps = [len(blocks & each[-1][key]) / len(blocks) for key, blocks in each[0].items() if blocks]
+    at_first = [picked for (row, _, _), picked in each[0].items() if row == 0]
+    pairs = [(picked.chosen, each[-1][key].chosen) for key, picked in each[0].items() if picked.chosen]
+    overlaps = [len(one & other) / len(one) for one, other in pairs]
     return {
         "length": case.labels["length"],
         "depth": case.labels["depth"],
-        "found": any(block in blocks for blocks in at_first),
-        "heads": sum(block in blocks for blocks in at_first),
-        "of_heads": len(at_first),
+        "heads_reading": sum(block in picked.all for picked in at_first),
+        "heads_choosing": sum(block in picked.chosen for picked in at_first),
+        "heads": len(at_first),
         "overlap": sum(overlaps) / max(1, len(overlaps)),
     }
 
@@ -132,12 +144,12 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """A line for each length."""
     for length in sorted({row["length"] for row in rows}):
         chosen = [row for row in rows if row["length"] == length]
-        found = sum(row["found"] for row in chosen)
+        read = sum(row["heads_reading"] > 0 for row in chosen)
         overlap = sum(row["overlap"] for row in chosen) / len(chosen)
-        heads = sum(row["heads"] for row in chosen) / len(chosen)
+        heads = sum(row["heads_reading"] for row in chosen) / len(chosen)
         yield (
-            f"{length:>9,}: needle's block picked for {found} of {len(chosen)}, by {heads:.1f} of "
-            f"{chosen[0]['of_heads']} heads; overlap {overlap:.3f}"
+            f"{length:>9,}: needle's block read for {read} of {len(chosen)}, by {heads:.1f} of {chosen[0]['heads']} "
+            f"heads; overlap {overlap:.3f}"
         )
 
 

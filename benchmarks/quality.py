@@ -38,6 +38,7 @@ from salalocal.settings import Settings, parse_tokens
 CHUNKS = (512, 2048, 16_384)
 KEYS = (1, 4)
 SEQUENCE_TOKENS, TEXT_TOKENS = 16_384, 32_768
+ANSWER_TOKENS = 128
 REFERENCE = "bf16"
 
 
@@ -77,19 +78,25 @@ class Plan:
     depths: int
     samples: int
     tell: Callable[[str], None]
+    group_size: str | None = None
 
     def settings(self, variant: Variant, chunk_size: int | None = None) -> Settings:
         """How a variant is opened; its copy is made if it is not there yet."""
         model = self.model if variant.quantize is None else str(self._copy(variant.quantize))
         return Settings(
-            model, self.device, chunk_size=chunk_size, max_tokens=128, math=variant.math, kv_cache=variant.kv_cache
+            model,
+            self.device,
+            chunk_size=chunk_size,
+            max_tokens=ANSWER_TOKENS,
+            math=variant.math,
+            kv_cache=variant.kv_cache,
         )
 
     def _copy(self, how: tuple[str, int, int]) -> Path:
         method, bits, sensitive = how
         folder = self.work / f"copy-{method}-{bits}-{sensitive}"
         if not folder.exists():
-            options = QuantizeOptions(method, bits, parse_group_size(None, method), sensitive)
+            options = QuantizeOptions(method, bits, parse_group_size(self.group_size, method), sensitive)
             request = QuantizeRequest(options, folder, Sources(), 128 * 1024)
             self.tell(f"making {folder.name}")
             quantize_model(

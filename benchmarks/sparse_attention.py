@@ -28,6 +28,7 @@ from salalocal.kernels.block_attention import prefill as attention
 from salalocal.kernels.block_topk import BlockGeometry
 from salalocal.kernels.block_topk import decode as choice_decode
 from salalocal.kernels.block_topk import prefill as choice
+from salalocal.kernels.kv_cache import RECENT_TOKENS, CacheRows, KeyValues, append_tokens, quantize_tokens_reference
 from salalocal.kernels.pooled_keys import num_pooled, pooled_keys
 
 HEADS, GROUPS, DIM = 32, 2, 128
@@ -36,26 +37,27 @@ GEOMETRY = BlockGeometry(kernel_size=32, kernel_stride=16, block_size=64, init_b
 CHOICES = [
     choice.PrefillLaunch(*setting)
     for setting in [
-        (128, 128, 8, 8, 2, 2, 128), (128, 64, 16, 8, 3, 2, 128), (128, 64, 16, 4, 2, 3, 168),
-        (64, 64, 16, 4, 3, 4, 128),
-        (64, 64, 16, 4, 3, 3, 168), (64, 128, 8, 4, 2, 3, 168), (64, 128, 8, 8, 2, 2, 128), (128, 64, 16, 4, 2, 2, 255),
+        (128, 128, 8, 8, 2, 2, 1, True, 128), (128, 128, 4, 8, 2, 2, 1, True, 128), (128, 64, 16, 4, 3, 2, 1, True, 255),
+        (128, 64, 16, 4, 2, 3, 1, True, 168), (128, 128, 8, 4, 2, 2, 1, True, 255), (64, 64, 16, 4, 3, 4, 1, True, 128),
+        (128, 128, 8, 8, 2, 2, 1, False, 128), (128, 128, 8, 4, 2, 2, 2, False, 255),
+        (128, 64, 16, 4, 2, 3, 1, False, 168), (64, 128, 8, 4, 2, 3, 2, False, 168),
     ]
 ]  # fmt: skip
-ATTENTIONS = [attention.PrefillLaunch(*setting) for setting in [(4, 4, 3), (4, 4, 2), (4, 4, 4), (8, 8, 3)]]
+ATTENTIONS = [attention.PrefillLaunch(*setting) for setting in [(4, 4, 3), (4, 4, 2), (4, 4, 4), (8, 8, 3), (8, 8, 2)]]
 DECODE_CHOICES = [
     choice_decode.DecodeLaunch(*setting)
     for setting in [
         (64, 1, 4, 3),
         (64, 2, 4, 3),
-        (64, 4, 4, 2),
         (128, 1, 4, 2),
         (128, 2, 4, 2),
+        (32, 2, 4, 3),
         (32, 4, 2, 3),
         (64, 2, 2, 3),
     ]
 ]
 DECODE_ATTENTIONS = [
-    attention_decode.DecodeLaunch(*setting) for setting in [(48, 4, 2), (96, 4, 1), (32, 4, 3), (24, 4, 2), (48, 2, 2)]
+    attention_decode.DecodeLaunch(*setting) for setting in [(96, 4), (48, 4), (96, 8), (32, 4), (48, 8)]
 ]
 
 
@@ -74,13 +76,22 @@ class Layer:
     def num_tokens(self) -> int:
         return self.k.shape[1]
 
+    @property
+    def cached(self) -> KeyValues:
+        return KeyValues(self.k, self.v)
+
+    def in_8_bits(self) -> KeyValues:
+        """The cache quantized as `append_tokens` does."""
+        (k, k_scales), (v, v_scales) = (quantize_tokens_reference(x) for x in (self.k, self.v))
+        return KeyValues(k, v, k_scales, v_scales)
+
     def choose(self, rows: slice = slice(None)) -> torch.Tensor:
         q = self.q[:, rows]
         first = self.first + (rows.start or 0)
         return choice.block_topk_triton(q, self.k1, self.k2, first, self.num_tokens, GEOMETRY, SCALE)
 
     def attend(self, picks: torch.Tensor) -> torch.Tensor:
-        return attention.block_attention_triton(self.q, self.k, self.v, picks, self.first, GEOMETRY.block_size, SCALE)
+        return attention.block_attention_triton(self.q, self.cached, picks, self.first, GEOMETRY.block_size, SCALE)
 
 
 def draw(num_tokens: int, num_queries: int, is_alike: bool, seed: int) -> Layer:
@@ -112,17 +123,15 @@ def check(layer: Layer) -> dict[str, float]:
     exact = choice_room.block_topk_reference(
         q, layer.k1.double(), layer.k2.double(), first, layer.num_tokens, GEOMETRY, SCALE
     )
-    picks = layer.choose(rows)
-    same = sum(
-        len(set(a.tolist()) & set(b.tolist()))
-        for a, b in zip(picks[0].flatten(0, 1), exact[0].flatten(0, 1), strict=True)
-    )
-    overlap = same / (picks.shape[1] * picks.shape[2] * picks.shape[3])
+    overlap = overlap_of(layer.choose(rows), exact)
     few = (layer.q[:, rows], layer.k, layer.v, exact, first, GEOMETRY.block_size, SCALE)
     wide = attention_room.block_attention_reference(q, *(x.double() for x in (layer.k, layer.v)), *few[3:])
     errors = [
-        float((form(*few).double() - wide).norm() / wide.norm())
-        for form in (attention.block_attention_triton, attention_room.block_attention_reference)
+        float((found.double() - wide).norm() / wide.norm())
+        for found in (
+            attention.block_attention_triton(few[0], layer.cached, *few[3:]),
+            attention_room.block_attention_reference(*few),
+        )
     ]
     assert overlap > 0.999, f"overlap of picked blocks {overlap:.5f}"
     assert errors[0] < 2 * errors[1] + 1e-4, f"attention errs {errors}"
@@ -152,7 +161,7 @@ def search(layer: Layer, picks: torch.Tensor, timer: ColdTimer, deadline: float)
         return choice_decode.block_topk_decode(q, layer.k1, layer.k2, position, GEOMETRY, SCALE)
 
     def attend_one() -> torch.Tensor:
-        return attention_decode.block_attention_decode(q, layer.k, layer.v, last, position, GEOMETRY.block_size, SCALE)
+        return attention_decode.block_attention_decode(q, layer.cached, last, position, GEOMETRY.block_size, SCALE)
 
     for name, room, launches, call in (
         ("choice", choice, CHOICES, layer.choose),
@@ -188,7 +197,7 @@ def compile_share(share: int, num_shares: int) -> None:
         attention: lambda: layer.attend(picks),
         choice_decode: lambda: choice_decode.block_topk_decode(q, layer.k1, layer.k2, position, GEOMETRY, SCALE),
         attention_decode: lambda: attention_decode.block_attention_decode(
-            q, layer.k, layer.v, picks[:, -1:], position, GEOMETRY.block_size, SCALE
+            q, layer.cached, picks[:, -1:], position, GEOMETRY.block_size, SCALE
         ),
     }
     lists = ((choice, CHOICES), (attention, ATTENTIONS), (choice_decode, DECODE_CHOICES))
@@ -221,43 +230,123 @@ def decode(layer: Layer, num_rows: int, timer: ColdTimer) -> dict[str, float]:
     ]
     position = torch.tensor([layer.num_tokens - num_rows], device="cuda")
     q = layer.q[:, -num_rows:].contiguous()
+    gate = layer.q[0, :num_rows].flatten(1).contiguous()
 
     def choose(one: Layer) -> torch.Tensor:
         return choice_decode.block_topk_decode(q, one.k1, one.k2, position, GEOMETRY, SCALE)
 
-    picks = choose(layer)
-    exact = choice_room.block_topk_reference(
-        q.double(), layer.k1.double(), layer.k2.double(), layer.num_tokens - num_rows, layer.num_tokens, GEOMETRY, SCALE
-    )
-    same = [
-        set(a.tolist()) & set(b.tolist()) for a, b in zip(picks[0].flatten(0, 1), exact[0].flatten(0, 1), strict=True)
-    ]
-    overlap = sum(map(len, same)) / picks.numel()
-    assert overlap > 0.99, f"decode picks overlap {overlap}"
+    def attend(cached: KeyValues, blocks: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return attention_decode.block_attention_decode(q, cached, blocks, position, GEOMETRY.block_size, SCALE, gate)
 
-    def attend(one: Layer, blocks: torch.Tensor) -> torch.Tensor:
-        return attention_decode.block_attention_decode(q, one.k, one.v, blocks, position, GEOMETRY.block_size, SCALE)
-
-    found = attend(layer, exact)
     first = layer.num_tokens - num_rows
-    wide = attention_room.block_attention_reference(
-        q.double(), layer.k.double(), layer.v.double(), exact, first, GEOMETRY.block_size, SCALE
+    exact = choice_room.block_topk_reference(
+        q.double(), layer.k1.double(), layer.k2.double(), first, layer.num_tokens, GEOMETRY, SCALE
     )
-    error = float((found.double() - wide).norm() / wide.norm())
-    assert error < 5e-3, f"decode attention errs {error}"
-    return {
-        "overlap": overlap,
-        "error": error,
-        "choice_us": timer.time_graph([lambda one=one: choose(one) for one in copies], repeats=4).median_us,
-        "attention_us": timer.time_graph([lambda one=one: attend(one, exact) for one in copies], repeats=4).median_us,
-        "both_us": timer.time_graph([lambda one=one: attend(one, choose(one)) for one in copies], repeats=4).median_us,
+    overlap = overlap_of(choose(layer), exact)
+    assert overlap > 0.99, f"decode picks overlap {overlap}"
+    row: dict[str, float] = {"overlap": overlap}
+    codes = layer.in_8_bits()
+    for name, cached in (("error", layer.cached), ("int8_error", codes)):
+        wide = cached.first(layer.num_tokens).widened(torch.float64)
+        plain = attention_room.block_attention_reference(
+            q.double(), wide.keys.double(), wide.values.double(), exact, first, GEOMETRY.block_size, SCALE
+        )
+        row[name] = float((attend(cached, exact).double() - plain).norm() / plain.norm())
+        assert row[name] < 5e-3, f"decode attention: {name} {row[name]}"
+    calls = {
+        "choice_us": [lambda one=one: choose(one) for one in copies],
+        "attention_us": [lambda one=one: attend(one.cached, exact) for one in copies],
+        "int8_attention_us": [lambda: attend(codes, exact)],
+        "both_us": [lambda one=one: attend(one.cached, choose(one), gate) for one in copies],
     }
+    return row | {name: timer.time_graph(each, repeats=4).median_us for name, each in calls.items()}
+
+
+def overlap_of(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Share of picked blocks that float64 picks too."""
+    pairs = zip(found[0].flatten(0, 1).tolist(), exact[0].flatten(0, 1).tolist(), strict=True)
+    return sum(len(set(a) & set(b)) for a, b in pairs) / found.numel()
+
+
+def append_times(layer: Layer, timer: ColdTimer) -> dict[str, float]:
+    """Microseconds to append a chunk and a token to a cache of 16 and of 8 bits."""
+    times = {}
+    capacity = layer.q.shape[1] + 256
+    for name, dtype in (("bf16", torch.bfloat16), ("int8", torch.int8)):
+        codes = [torch.zeros(GROUPS, capacity, DIM, dtype=dtype, device="cuda") for _ in range(2)]
+        pooled = [torch.zeros(GROUPS, capacity // 16, DIM, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+        scales = [torch.zeros(GROUPS, capacity, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+        recent = torch.zeros(RECENT_TOKENS, GROUPS, DIM, dtype=torch.bfloat16, device="cuda")
+        rows = CacheRows(
+            *codes, *(scales if name == "int8" else (None, None)), *pooled, recent if name == "int8" else None
+        )
+        for num_tokens in (1, 16, layer.q.shape[1]):
+            k, v = layer.k[0, :num_tokens], layer.v[0, :num_tokens]
+            position = torch.tensor([127], device="cuda")  # a token there ends a window of either kind
+            times[f"{name}_{num_tokens}_us"] = timer.time_graph(
+                [lambda rows=rows, k=k, v=v, at=position: append_tokens(rows, k, v, at, GEOMETRY)], repeats=8
+            ).median_us
+    return times
+
+
+def unfused(layer: Layer) -> torch.Tensor:
+    """The choice of a plain torch pipeline with a score matrix: bf16 products, fp32 softmax, 1,024 rows at a time."""
+    picks = []
+    k1, k2 = (x[0].transpose(0, 1).repeat_interleave(HEADS // GROUPS, 0) for x in (layer.k1, layer.k2))
+    for start in range(0, layer.q.shape[1], 1024):
+        q = layer.q[0, start : start + 1024].transpose(0, 1)  # [H, T, D]
+        own = (layer.first + start + torch.arange(q.shape[1], device="cuda")) // GEOMETRY.block_size
+        coarse = ((q @ k2.transpose(1, 2)).float() * SCALE).logsumexp(-1, keepdim=True)
+        scores = ((q @ k1.transpose(1, 2)).float() * SCALE - coarse).exp().unflatten(0, (GROUPS, -1)).sum(1)
+        pooled = torch.nn.functional.max_pool1d(scores, 5, 4, padding=1)
+        block = torch.arange(pooled.shape[-1], device="cuda")
+        is_forced = (block < 1) | ((block >= own[:, None] - 32) & (block <= own[:, None]))
+        pooled = pooled.masked_fill(is_forced, math.inf).masked_fill(block > own[:, None], -math.inf)
+        picks.append(pooled.topk(GEOMETRY.budget).indices.transpose(0, 1))
+    return torch.cat(picks)[None]
+
+
+def measure(
+    num_tokens: int, is_alike: bool, arguments: argparse.Namespace, timer: ColdTimer, deadline: float
+) -> dict[str, object]:
+    """Prefill of one layer at one length: checks, then times, memory and peers."""
+    layer = draw(num_tokens, min(arguments.queries, num_tokens // 2), is_alike, arguments.seed)
+    row: dict[str, object] = {"num_tokens": num_tokens, "alike": is_alike, **check(layer)}
+    if arguments.search and num_tokens == max(arguments.tokens):
+        row["search"] = search(layer, layer.choose(), timer, deadline)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    picks = layer.choose()
+    row["choice_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    _, counts = attention.merge_blocks(picks, entry_of_card(attention.LAUNCH, 90).rows)
+    row["blocks_per_union"] = float(counts.float().mean())
+    row["choice_us"] = timer.time(layer.choose).median_us
+    row["attention_us"] = attention_us = timer.time(lambda: layer.attend(picks)).median_us
+    row["both_us"] = timer.time(lambda: layer.attend(layer.choose())).median_us
+    flops = 4 * layer.q.shape[1] * HEADS * DIM * GEOMETRY.budget * GEOMETRY.block_size
+    row["attention_tflops"] = flops / attention_us / 1e6
+    row["merge_us"] = timer.time(lambda: attention.merge_blocks(picks, 4)).median_us
+    codes = layer.in_8_bits()
+    row["int8_attention_us"] = timer.time(
+        lambda: attention.block_attention_triton(layer.q, codes, picks, layer.first, GEOMETRY.block_size, SCALE)
+    ).median_us
+    if is_alike:
+        row["append"] = append_times(layer, timer)
+        peers = {"dense_cudnn": SDPBackend.CUDNN_ATTENTION, "dense_flash": SDPBackend.FLASH_ATTENTION}
+        calls = {name: lambda backend=backend: dense(layer, backend) for name, backend in peers.items()}
+        for name, call in {**calls, "unfused_choice": lambda: unfused(layer)}.items():
+            try:
+                row[f"{name}_us"] = timer.time(call, runs=3).median_us
+            except RuntimeError as error:
+                print(f"{name}: {str(error)[:120]}", flush=True)
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072, 262144])
+    parser.add_argument("--decode-tokens", type=int, nargs="+", default=[4096, 32768, 131072, 262144, 1048576, 2097152])
     parser.add_argument("--queries", type=int, default=8192)
     parser.add_argument("--search", action="store_true")
     parser.add_argument("--seconds", type=float, default=300)
@@ -268,33 +357,21 @@ def main() -> None:
         compile_all()
         print(f"compiled, {deadline - time.monotonic():.0f} s left", flush=True)
     timer = ColdTimer()
-    results = []
+    results: list[dict[str, object]] = []
+    for num_tokens in arguments.decode_tokens:
+        if time.monotonic() > deadline:
+            break
+        layer = draw(num_tokens, 64, is_alike=False, seed=arguments.seed)
+        found = {num_rows: decode(layer, num_rows, timer) for num_rows in (1, 4, 16)}
+        results.append({"num_tokens": num_tokens, "decode": found})
+        print(results[-1], flush=True)
     for num_tokens in arguments.tokens:
         for is_alike in (True, False):
             if time.monotonic() > deadline:
                 print("out of time", flush=True)
                 break
-            layer = draw(num_tokens, min(arguments.queries, num_tokens // 2), is_alike, arguments.seed)
-            row: dict[str, object] = {"num_tokens": num_tokens, "alike": is_alike, **check(layer)}
-            picks = layer.choose()
-            _, counts = attention.merge_blocks(picks, entry_of_card(attention.LAUNCH, 90).rows)
-            row["blocks_per_union"] = float(counts.float().mean())
-            if arguments.search and num_tokens == max(arguments.tokens):
-                row["search"] = search(layer, picks, timer, deadline)
-            row["choice_us"] = timer.time(layer.choose).median_us
-            row["attention_us"] = timer.time(lambda layer=layer, picks=picks: layer.attend(picks)).median_us
-            row["merge_us"] = timer.time(lambda picks=picks: attention.merge_blocks(picks, 4)).median_us
-            if is_alike:
-                for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
-                    try:
-                        row[f"dense_{name}_us"] = timer.time(
-                            lambda layer=layer, backend=backend: dense(layer, backend), runs=3
-                        ).median_us
-                    except RuntimeError as error:
-                        print(f"dense {name}: {str(error)[:120]}", flush=True)
-                row["decode"] = {num_rows: decode(layer, num_rows, timer) for num_rows in (1, 4, 16)}
-            results.append(row)
-            print({name: value for name, value in row.items() if name != "search"}, flush=True)
+            results.append(measure(num_tokens, is_alike, arguments, timer, deadline))
+            print({name: value for name, value in results[-1].items() if name != "search"}, flush=True)
     if arguments.out:
         device = torch.cuda.get_device_name()
         versions = {"torch": torch.__version__, "triton": choice.triton.__version__}

@@ -1,7 +1,6 @@
 """Which model is measured, and opening it: settings come in, a subject goes out; for `run`."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from math import prod
 from typing import get_args
 
@@ -12,7 +11,7 @@ from salalocal.bench.subject import EngineSubject, SubjectFacts
 from salalocal.bench.work import SalaCost
 from salalocal.checkpoint.checkpoint import Checkpoint
 from salalocal.checkpoint.folder import ModelFolder
-from salalocal.checkpoint.hub import find_model
+from salalocal.checkpoint.hub import find_model, is_builtin
 from salalocal.device import device_memory
 from salalocal.engine.budget import (
     CUDA_DRIVER_BYTES,
@@ -37,37 +36,35 @@ from salalocal.session.memory import naming_memory_errors
 from salalocal.session.plan import RELEASED_MODEL, short_tokens
 from salalocal.session.runtime import LoadOptions, open_runtime
 from salalocal.session.start import Tell, model_choice
-from salalocal.session.usual_model import newest_copy
+from salalocal.session.usual_model import with_usual_model
 from salalocal.settings import DEFAULT_ORIGIN, Settings
 
 _SCALE_BYTES = 2
 _ROUND_DOWN_TO = 1024
 
 
-def usual_subject(settings: Settings, device: torch.device) -> Settings:
-    """The model to measure where nobody names one: on a card a quantized copy of the released one, or that one, of
-    which random weights of its shape are as good; on a CPU the built-in one."""
-    if settings.origin("model") != DEFAULT_ORIGIN or device.type != "cuda":
-        return settings
-    copy = newest_copy()
-    name, reason = (RELEASED_MODEL, "no --model given") if copy is None else (copy.name, "the newest quantized copy")
-    return replace(settings, model=name, origins={**settings.origins, "model": f"{DEFAULT_ORIGIN}: {reason}"})
+def find_subject(settings: Settings, device: torch.device, tell: Tell) -> tuple[Settings, ModelFolder | None]:
+    """The settings with the model to measure, and its folder; None for random weights of the released shape.
 
-
-def find_subject(settings: Settings, tell: Tell) -> ModelFolder | None:
-    """The folder of the chosen model; None for random weights of the released shape, if that one is not here.
-
+    Those are taken if nobody names a model and there is none here to chat with on this card, and in the place of the
+    released model if that is not here. On a CPU nobody's choice is the built-in model.
     Raises: HubError for another model that is not here.
     """
+    if settings.origin("model") == DEFAULT_ORIGIN and device.type == "cuda":
+        usual = with_usual_model(settings, lambda line: None)
+        if is_builtin(usual.model):
+            tell("model: random int4 weights of the released 9B shape, since no larger model is here for this card")
+            return settings, None
+        settings = usual
     try:
         folder = find_model(settings.model)
     except HubError:
         if settings.model != RELEASED_MODEL:
             raise
         tell(f"model: random int4 weights of the released 9B shape, since {settings.model} is not on this machine")
-        return None
+        return settings, None
     tell(model_choice(settings))
-    return folder
+    return settings, folder
 
 
 def open_subject(folder: ModelFolder | None, settings: Settings, device: torch.device, capacity: int) -> EngineSubject:

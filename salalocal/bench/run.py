@@ -17,7 +17,7 @@ from salalocal.bench.cards import find_card
 from salalocal.bench.ceilings import measure_ceilings
 from salalocal.bench.dense import DenseSubject
 from salalocal.bench.memory import cap_memory, forget_peak
-from salalocal.bench.opening import find_subject, open_subject, usual_subject
+from salalocal.bench.opening import find_subject, open_subject
 from salalocal.bench.report import BenchReport, Machine
 from salalocal.bench.subject import Subject
 from salalocal.bench.walk import OnProgress, SubjectResult, WalkPlan, walk
@@ -89,8 +89,7 @@ def _measure(
     faces: tuple[OnProgress, Callable[[str], None]],
 ) -> None:
     on_progress, tell = faces
-    settings = usual_subject(settings, device)
-    folder = find_subject(settings, tell)
+    settings, folder = find_subject(settings, device, tell)
     depths = tuple(sorted(set(options.depths))) or (CARD_DEPTHS if device.type == "cuda" else CPU_DEPTHS)
     plan = WalkPlan(depths, options.gen_tokens, options.num_runs)
     has_own_peak = forget_peak(device)

@@ -72,7 +72,8 @@ class WeightFormat(Enum):
         return found
 
 
-_QUANTIZED = (WeightFormat.INT8, WeightFormat.INT4, WeightFormat.NF4, WeightFormat.FP4)
+_INTEGERS = (WeightFormat.INT8, WeightFormat.INT4)
+_QUANTIZED = (*_INTEGERS, WeightFormat.NF4, WeightFormat.FP4)
 
 
 class CacheFormat(Enum):
@@ -97,7 +98,8 @@ class PlanOptions:
     """What besides the model and the context decides about memory. Units: chunk_size in tokens.
 
     `math`: what many rows are multiplied in on a card. `stored` is what a quantized folder holds, if there is one;
-    other weights are counted by formula.
+    other weights are counted by formula. `has_kernels`: whether the kernels for cards take the model, which computes in
+    bf16 then.
     """
 
     weights: WeightFormat = WeightFormat.BF16
@@ -107,11 +109,13 @@ class PlanOptions:
     stored: StoredWeights | None = None
     math: Math = "int8"
     is_embedding_on_host: bool = False
+    has_kernels: bool = True
 
     @property
     def is_fused(self) -> bool:
-        """Whether the kernels for cards run: in bf16, whatever the weights are stored in."""
-        return self.is_cuda and self.weights not in (WeightFormat.FP16, WeightFormat.FP32)
+        """Whether `engine.fused` runs the model: it takes plain bf16 weights and integers, not codebooks."""
+        is_known = self.weights in (WeightFormat.BF16, *_INTEGERS) and self.cache is not CacheFormat.FP32
+        return self.is_cuda and self.has_kernels and is_known
 
 
 @dataclass(frozen=True)
@@ -186,8 +190,8 @@ def fitted(
 ) -> PlanOptions:
     """The options with the largest chunk that fits into `memory_bytes`, and the embedding table where there is room.
 
-    A larger chunk reads faster; small cards keep the table in host memory. `chunk_size` is kept if given, and on a
-    CPU. If nothing fits, the smallest.
+    A larger chunk reads faster, more than a table in host memory costs; small cards keep it there. `chunk_size` is kept
+    if given, and where the model runs module by module. If nothing fits, the smallest.
     """
     if not options.is_fused:
         return options if chunk_size is None else replace(options, chunk_size=chunk_size)
@@ -196,7 +200,7 @@ def fitted(
     if config.tie_word_embeddings:
         places = (False,)
     choices = [
-        replace(options, chunk_size=chunk, is_embedding_on_host=on_host) for on_host in places for chunk in chunks
+        replace(options, chunk_size=chunk, is_embedding_on_host=on_host) for chunk in chunks for on_host in places
     ]
     fitting = (choice for choice in choices if plan_memory(config, num_tokens, choice).total_bytes <= memory_bytes)
     return next(fitting, choices[-1])
@@ -245,7 +249,7 @@ def weight_bytes(config: SalaConfig, weights: WeightFormat) -> int:
 def _weight_bytes(config: SalaConfig, options: PlanOptions) -> int:
     is_stored = options.stored is not None and options.weights is options.stored.weights
     num_bytes = options.stored.num_bytes if options.stored and is_stored else weight_bytes(config, options.weights)
-    if options.is_fused and options.weights in (WeightFormat.INT4, WeightFormat.INT8):
+    if options.is_fused and options.weights in _INTEGERS:
         num_bytes += _folded_scale_bytes(config)
     return num_bytes - (2 * config.vocab_size * config.hidden_size if options.is_embedding_on_host else 0)
 

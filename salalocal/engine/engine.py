@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from salalocal.device import device_memory
-from salalocal.engine.fused.decoder import Decoder
+from salalocal.engine.fused.decoder import Decoder, GuessStats
 from salalocal.engine.fused.model import FusedModel, why_not_fused
 from salalocal.engine.prefill import CancelCheck, Forward, ProgressCallback, as_ids, read_chunks
+from salalocal.engine.prompt_lookup import PromptLookup
 from salalocal.engine.sampling import RepetitionGuard, Sampler, check_finite
 from salalocal.engine.sampling_params import SamplingParams
 from salalocal.errors import MemoryBudgetError, RequestError
+from salalocal.kernels.lightning_decode import MAX_STEPS
 from salalocal.model.sala import SalaModel, SwitchRule
 from salalocal.model.state import ModelState
 
@@ -33,11 +35,12 @@ _LOGIT_ROWS = 256  # rows of logits computed at once: 75 MB for a vocabulary of 
 class EngineConfig:
     """How a model is run. Units: chunk_size in tokens, how many a prefill feeds at once.
 
-    `is_cache_int8`: keys and values are cached in 8 bits.
+    `is_cache_int8`: keys and values are cached in 8 bits. `is_guessing`: see `prompt_lookup`.
     """
 
     chunk_size: int = 512
     is_cache_int8: bool = False
+    is_guessing: bool = True
 
     def __post_init__(self) -> None:
         if type(self.chunk_size) is not int or self.chunk_size < 1:
@@ -68,6 +71,8 @@ class Engine:
 
         Units: capacity and prompt_tokens in tokens; room for `capacity` of them is made at once, more comes as needed.
         """
+        if capacity and self._fused is not None:
+            capacity += MAX_STEPS  # an answer's step may write so far ahead, and a cache that grows moves
         with torch.inference_mode():
             return self.model.new_state(1, capacity, switch, prompt_tokens, self.config.is_cache_int8)
 
@@ -159,19 +164,29 @@ class Engine:
         params: SamplingParams,
         stop_ids: Collection[int] = (),
         is_cancelled: CancelCheck | None = None,
+        guess_from: Sequence[int] = (),
     ) -> "Generation":
-        """Starts an answer after what the state holds; `logits` are those of its last token. See `Generation`."""
-        return Generation(self, state, logits, params, frozenset(stop_ids), is_cancelled)
+        """Starts an answer after what the state holds; `logits` are those of its last token. See `Generation`.
+
+        `guess_from`: the ids that the state holds, for guesses of what comes next; they change the speed alone. Guesses
+        are made on cards, unless `EngineConfig.is_guessing` is off.
+        """
+        lookup = None
+        if self._fused is not None and self.config.is_guessing and len(guess_from) > 0:
+            lookup = PromptLookup(guess_from)
+        return Generation(self, state, logits, params, frozenset(stop_ids), is_cancelled, lookup)
 
     def _last_logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.model.logits(hidden[:, -1])[0]
         check_finite(logits, "logits")
         return logits
 
-    def _decoder(self, state: ModelState, sampler: Sampler, max_tokens: int) -> "Decoder | _ModuleDecoder":
+    def _decoder(
+        self, state: ModelState, sampler: Sampler, max_tokens: int, lookup: PromptLookup | None
+    ) -> "Decoder | _ModuleDecoder":
         if self._fused is None:
             return _ModuleDecoder(self, state, sampler)
-        return Decoder(self._fused, state, sampler, max_tokens)
+        return Decoder(self._fused, state, sampler, max_tokens, lookup)
 
 
 class _ModuleDecoder:
@@ -179,6 +194,7 @@ class _ModuleDecoder:
 
     def __init__(self, engine: Engine, state: ModelState, sampler: Sampler) -> None:
         self._engine, self._state, self._sampler = engine, state, sampler
+        self.stats = GuessStats()
 
     def next_token(self, token: int) -> int:
         """Feed `token` and draw the one behind it. Raises: NumericError."""
@@ -214,6 +230,7 @@ class Generation(Iterator[int]):
         params: SamplingParams,
         stop_ids: frozenset[int],
         is_cancelled: CancelCheck | None,
+        lookup: PromptLookup | None = None,
     ) -> None:
         self.ids: list[int] = []
         self.reason: EndReason | None = None
@@ -222,8 +239,14 @@ class Generation(Iterator[int]):
         self._stop_ids = stop_ids
         self._is_cancelled = is_cancelled
         self._sampler = Sampler(params)
-        self._decoder = engine._decoder(state, self._sampler, params.max_tokens)
+        self._decoder = engine._decoder(state, self._sampler, params.max_tokens, lookup)
+        self._state = state
         self._guard = RepetitionGuard()
+
+    @property
+    def guesses(self) -> GuessStats:
+        """How guessing what comes next went so far."""
+        return self._decoder.stats
 
     def __iter__(self) -> "Generation":
         return self
@@ -232,6 +255,7 @@ class Generation(Iterator[int]):
         if self.reason is None and self._is_cancelled is not None and self._is_cancelled():
             self.reason = "cancelled"
         if self.reason is not None:
+            self._state.settle()
             raise StopIteration
         token = self._decoder.next_token(self.ids[-1]) if self.ids else self._sampler.sample(self._logits)
         self.ids.append(token)

@@ -53,12 +53,13 @@ def load_model(
     """
     layout = weight_layout(checkpoint)
     dtype = dtype or default_dtype(checkpoint, device)
-    _check_memory(checkpoint, layout, device, dtype)
     placement = placement or Placement()
+    on_host = {EMBEDDING} if placement.is_embedding_on_host else set()
+    _check_memory(checkpoint, layout, device, dtype, on_host)
     factory = QuantizedLinearFactory(layout, device, dtype, placement.math)
     model = SalaModel(checkpoint.config, factory, device="meta", dtype=dtype)
     for name in layout.dense:
-        if name == EMBEDDING and placement.is_embedding_on_host:
+        if name in on_host:
             _assign(model, name, checkpoint.tensor(name).to(dtype).pin_memory())
         else:
             _assign(model, name, checkpoint.tensor(name).to(device=device, dtype=dtype))
@@ -75,8 +76,10 @@ def weight_bytes(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtyp
     return dense + quantized_bytes(layout)
 
 
-def _check_memory(checkpoint: Checkpoint, layout: WeightLayout, device: torch.device, dtype: torch.dtype) -> None:
-    sizes = {name: checkpoint.dtype(name) for name in layout.dense}
+def _check_memory(
+    checkpoint: Checkpoint, layout: WeightLayout, device: torch.device, dtype: torch.dtype, on_host: set[str]
+) -> None:
+    sizes = {name: checkpoint.dtype(name) for name in layout.dense if name not in on_host}
     if device.type == "cpu":
         sizes = {name: stored for name, stored in sizes.items() if stored != dtype}  # the others stay in the file
     needed = sum(math.prod(checkpoint.shape(name)) for name in sizes) * dtype.itemsize

@@ -227,7 +227,7 @@ def _pack(text: str) -> PromptPack:
 
 
 def _fitting(material: Material, text_of: Callable[[int], str], smallest: int = 1) -> int:
-    """The largest number of things whose text fits. Raises: RequestError if `smallest` do not."""
+    """The largest number of things whose text fits, to half a percent. Raises: RequestError if `smallest` do not."""
     encode = material.codec.tokenizer.encode
 
     def fits(count: int) -> bool:
@@ -235,10 +235,10 @@ def _fitting(material: Material, text_of: Callable[[int], str], smallest: int = 
 
     if not fits(smallest):
         raise RequestError(f"{material.num_tokens:,} tokens are too few for this task", "ask for a longer context")
-    high = 2 * smallest
-    while fits(high):
-        high *= 2
-    return max(smallest, largest(high, fits))
+    first, second = (len(encode(text_of(count))) for count in (smallest, 2 * smallest))
+    likely = smallest + (material.num_tokens - first) * smallest // max(1, second - first)
+    step = max(1, likely // 200)
+    return smallest + step * largest(2 * (1 + likely // step), lambda number: fits(smallest + step * number))
 
 
 def measure_ruler(settings: Settings, request: RulerRequest, sources: Sources, place: Place, watch: Watch) -> Report:

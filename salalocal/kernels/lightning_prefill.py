@@ -5,18 +5,18 @@ In come the heads of a prefill chunk and the state before it, out come its outpu
 S_n the state before chunk n:
     S_(n+1) = exp(-s C) S_n + sum_j exp(-s (C - 1 - j)) k_j^T v_j
     o_i     = scale * ( exp(-s (i + 1)) q_i S_n + sum_{j <= i} exp(-s (i - j)) (q_i . k_j) v_j )
-A program has VALUES value channels of one head in one segment, and one of two jobs:
+A program has one of three jobs in one segment; the last two are done for VALUES value channels of one head each:
+    turn      norms and turns raw queries and keys of some tokens, all heads at once; absent if they are not raw
     sum       what the segment adds to the state, from its keys and values alone; then it waits for the state before the
               segment, adds, and hands on the state after it: one short step a segment is all that is serial
     outputs   waits for the state before the segment and walks over its chunks, the state in registers
-Programs draw tickets, segment by segment: the sums of one, and the outputs of the segment LAG before. They wait only
-for lower tickets; keys and values come from memory for the sum, and for the outputs soon after from the L2 cache.
+Programs draw tickets, segment by segment: turn one, sum up the one before, and the outputs of the segment LAG before
+that. They wait only for lower tickets; what one job has read or written, the next one finds in the L2 cache.
 Precision: what is handed on is fp32 and adds exp(-s ...) v_j as the sum of two bf16 numbers, good to 2^-16. What ends
 in outputs only (scores, S_n under q, the v_j of a segment's own state) is rounded to bf16 once, as the output itself.
 All exponents are differences of positions, so nothing overflows.
-Raw queries are normed and turned on their way in, raw keys by the sums, which leave them turned for the outputs.
-Bytes at the released shape: 32 KiB a token and layer for q, k, v and o, turned keys 8 KiB more; in the L2 cache k and v
-once more, and states (fp32), 2 MiB written and 4 MiB read a segment.
+Bytes at the released shape: 32 KiB a token and layer for q, k, v and o, turned queries and keys 16 KiB more; in the L2
+cache these and k and v once more, and states (fp32), 2 MiB written and 4 MiB read a segment.
 """
 
 from collections.abc import Sequence
@@ -32,42 +32,11 @@ from salalocal.kernels.qk_norm_rope import (
     NormRope,
     check_heads,
     check_norm_rope,
-    cos_sin,
     rotary_frequencies,
-    turned_rows,
+    turn_tokens,
 )
 
 LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _heads_of_chunk(
-    x_ptr,
-    stride_t,
-    weight_ptr,
-    positions_ptr,
-    frequencies_ptr,
-    count,
-    CHUNK: tl.constexpr,
-    KEY_DIM: tl.constexpr,
-    EPS: tl.constexpr,
-    TURN: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    """The queries or keys of a chunk [C, K], with TURN normed and turned; rows from `count` on are zero."""
-    half: tl.constexpr = KEY_DIM // 2
-    steps = tl.arange(0, CHUNK)
-    is_there = steps[:, None] < count
-    at = x_ptr + steps[:, None] * stride_t
-    if TURN:
-        columns = tl.arange(0, half)[None, :]
-        first = tl.load(at + columns, mask=is_there, other=0.0)
-        second = tl.load(at + half + columns, mask=is_there, other=0.0)
-        positions = tl.load(positions_ptr + steps, mask=steps < count, other=0).to(tl.float32)
-        cos, sin = cos_sin(positions[:, None] * tl.load(frequencies_ptr + columns), FAST)
-        first, second = turned_rows(first, second, weight_ptr, cos, sin, half, EPS)
-        return tl.join(first, second).permute(0, 2, 1).reshape(CHUNK, KEY_DIM)
-    return tl.load(at + tl.arange(0, KEY_DIM)[None, :], mask=is_there, other=0.0)
 
 
 @triton.jit
@@ -102,39 +71,25 @@ def _state_before(
 def _segment_sum(
     k_ptr,
     v_ptr,
-    turned_ptr,
-    k_weight_ptr,
-    positions_ptr,
-    frequencies_ptr,
     k_stride_t,
     v_stride_t,
-    turned_stride_t,
     slope,
     count,
-    keeps_turned,
     CHUNK: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUES: tl.constexpr,
     STAGES: tl.constexpr,
-    EPS: tl.constexpr,
-    TURN: tl.constexpr,
-    FAST: tl.constexpr,
 ):
-    """What `count` tokens add to VALUES value channels of one head's state [K, VALUES]; keeps their turned keys."""
+    """What `count` tokens add to VALUES value channels of one head's state [K, VALUES]."""
     steps = tl.arange(0, CHUNK)
     rows = steps[:, None]
+    columns = tl.arange(0, KEY_DIM)[None, :]
     values = tl.arange(0, VALUES)[None, :]
     state = tl.zeros((KEY_DIM, VALUES), tl.float32)
     for first in tl.range(0, count, CHUNK, num_stages=STAGES):
         left = tl.minimum(count - first, CHUNK)
-        k = _heads_of_chunk(
-            k_ptr + first * k_stride_t, k_stride_t, k_weight_ptr, positions_ptr + first if TURN else positions_ptr,
-            frequencies_ptr, left, CHUNK, KEY_DIM, EPS, TURN, FAST,
-        )  # fmt: skip
+        k = tl.load(k_ptr + (first + rows) * k_stride_t + columns, mask=rows < left, other=0.0)
         v = tl.load(v_ptr + (first + rows) * v_stride_t + values, mask=rows < left, other=0.0)
-        if TURN:
-            to = turned_ptr + (first + rows) * turned_stride_t + tl.arange(0, KEY_DIM)[None, :]
-            tl.store(to, k, mask=(rows < left) & keeps_turned)
         decay = tl.exp2(-slope * tl.maximum(left - 1 - steps, 0).to(tl.float32))
         wide = v.to(tl.float32) * decay[:, None]
         high = (wide.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)  # a bf16 number
@@ -151,9 +106,6 @@ def _segment_outputs(
     k_ptr,
     v_ptr,
     o_ptr,
-    q_weight_ptr,
-    positions_ptr,
-    frequencies_ptr,
     q_stride_t,
     k_stride_t,
     v_stride_t,
@@ -166,9 +118,6 @@ def _segment_outputs(
     KEY_DIM: tl.constexpr,
     VALUES: tl.constexpr,
     STAGES: tl.constexpr,
-    EPS: tl.constexpr,
-    TURN: tl.constexpr,
-    FAST: tl.constexpr,
 ):
     """The outputs of `count` tokens in VALUES value channels of one head; `state` [K, VALUES] is the one before."""
     steps = tl.arange(0, CHUNK)
@@ -179,12 +128,8 @@ def _segment_outputs(
     until_end = tl.exp2(-slope * (CHUNK - 1 - steps))
     over_chunk = tl.exp2(-slope * CHUNK)
     for first in tl.range(0, count, CHUNK, num_stages=STAGES):
-        left = tl.minimum(count - first, CHUNK)
-        is_there = rows < left
-        q = _heads_of_chunk(
-            q_ptr + first * q_stride_t, q_stride_t, q_weight_ptr, positions_ptr + first if TURN else positions_ptr,
-            frequencies_ptr, left, CHUNK, KEY_DIM, EPS, TURN, FAST,
-        )  # fmt: skip
+        is_there = rows < tl.minimum(count - first, CHUNK)
+        q = tl.load(q_ptr + (first + rows) * q_stride_t + columns, mask=is_there, other=0.0)
         k = tl.load(k_ptr + (first + rows) * k_stride_t + columns, mask=is_there, other=0.0)
         v = tl.load(v_ptr + (first + rows) * v_stride_t + values, mask=is_there, other=0.0)
         o = tl.dot(q, state.to(q.dtype)) * since_start[:, None]
@@ -204,7 +149,8 @@ def _prefill_kernel(
     k_ptr,
     v_ptr,
     o_ptr,
-    turned_ptr,
+    turned_q_ptr,
+    turned_k_ptr,
     state_ptr,
     new_state_ptr,
     states_ptr,
@@ -230,6 +176,7 @@ def _prefill_kernel(
     num_tokens,
     num_rows,
     NUM_HEADS: tl.constexpr,
+    PADDED_HEADS: tl.constexpr,
     SEGMENT: tl.constexpr,
     CHUNK: tl.constexpr,
     KEY_DIM: tl.constexpr,
@@ -246,18 +193,20 @@ def _prefill_kernel(
 ):
     """One job by ticket; num_rows: B * H. The state before segment n > 0 is states[n - 1].
 
-    turned [B, T, H, K] and states fp32 [segments - 1, B * H, K, V] contiguous; counters [1 + strands], zero before:
-    tickets, and how many states each strand has handed on.
+    turned [B, T, H, K] and states fp32 [segments - 1, B * H, K, V] contiguous; counters, zero before, [1 + strands +
+    segments]: tickets, how many states each strand has handed on, how many programs have turned their part.
     """
     strands: tl.constexpr = VALUE_DIM // VALUES
-    turned_stride_t: tl.constexpr = NUM_HEADS * KEY_DIM
+    kinds: tl.constexpr = 3 if TURN else 2
+    width: tl.constexpr = NUM_HEADS * KEY_DIM
     num_strands = num_rows * strands
     num_segments = tl.cdiv(num_tokens, SEGMENT)
     ticket = tl.atomic_add(counters_ptr, 1)
     strand = ticket % num_strands
-    is_sum = ticket // num_strands % 2 == 0
-    segment = ticket // num_strands // 2
-    segment -= 0 if is_sum else LAG
+    kind = ticket // num_strands % kinds + (3 - kinds)
+    segment = ticket // num_strands // kinds
+    if kind > 0:
+        segment -= kinds - 2 + (kind - 1) * LAG
     if (segment >= 0) & (segment < num_segments):
         row = strand // strands
         first_value = strand % strands * VALUES
@@ -267,42 +216,57 @@ def _prefill_kernel(
         count = tl.minimum(num_tokens - segment * SEGMENT, SEGMENT)
         slope = tl.load(slopes_ptr + head) * LOG2_E
         counter_ptr = counters_ptr + 1 + strand
-        q_ptr += batch * q_stride_b + first * q_stride_t + head * q_stride_h
-        k_ptr += batch * k_stride_b + first * k_stride_t + head * k_stride_h
+        turned_counter_ptr = counters_ptr + 1 + num_strands + segment
+        q_ptr += first * q_stride_t
+        k_ptr += first * k_stride_t
         v_ptr += batch * v_stride_b + first * v_stride_t + head * v_stride_h + first_value
         o_ptr += batch * o_stride_b + first * o_stride_t + head * o_stride_h + first_value
-        if TURN:
-            turned_ptr += (batch * num_tokens + first) * turned_stride_t + head * KEY_DIM
-            positions_ptr += first
         at_row = row.to(tl.int64) * (KEY_DIM * VALUE_DIM) + first_value
         states_stride = num_rows.to(tl.int64) * (KEY_DIM * VALUE_DIM)
         states_ptr += (segment - 1) * states_stride + at_row
         if HAS_STATE:
             state_ptr += at_row
-        if is_sum:
-            added = _segment_sum(
-                k_ptr, v_ptr, turned_ptr, k_weight_ptr, positions_ptr, frequencies_ptr,
-                k_stride_t, v_stride_t, turned_stride_t, slope, count, first_value == 0,
-                CHUNK, KEY_DIM, VALUES, SUM_STAGES, EPS, TURN, FAST,
+        if TURN:
+            turned_q_ptr += first * width
+            turned_k_ptr += first * width
+            turned_stride_b = num_tokens.to(tl.int64) * width
+        if TURN and kind == 0:
+            turn_tokens(
+                q_ptr, k_ptr, turned_q_ptr, turned_k_ptr, q_weight_ptr, k_weight_ptr, positions_ptr + first,
+                frequencies_ptr, q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
+                turned_stride_b, strand, num_strands, count, num_rows // NUM_HEADS * count,
+                NUM_HEADS, PADDED_HEADS, KEY_DIM // 2, EPS, FAST,
             )  # fmt: skip
-            _wait_for(counter_ptr, segment)
-            state = _state_before(segment, state_ptr, states_ptr, KEY_DIM, VALUE_DIM, VALUES, HAS_STATE)
-            state = tl.fma(state, tl.exp2(-slope * count), added)
-            to = new_state_ptr + at_row if segment == num_segments - 1 else states_ptr + states_stride
-            to += tl.arange(0, KEY_DIM)[:, None] * VALUE_DIM + tl.arange(0, VALUES)[None, :]
-            tl.store(to, state)
             tl.debug_barrier()
-            tl.atomic_xchg(counter_ptr, segment + 1, sem="release")
+            tl.atomic_add(turned_counter_ptr, 1, sem="release")
         else:
-            _wait_for(counter_ptr, segment)
             if TURN:
-                _wait_for(counters_ptr + 1 + row * strands, segment + 1)
-            state = _state_before(segment, state_ptr, states_ptr, KEY_DIM, VALUE_DIM, VALUES, HAS_STATE)
-            _segment_outputs(
-                q_ptr, turned_ptr if TURN else k_ptr, v_ptr, o_ptr, q_weight_ptr, positions_ptr, frequencies_ptr,
-                q_stride_t, turned_stride_t if TURN else k_stride_t, v_stride_t, o_stride_t,
-                state, slope, scale, count, CHUNK, KEY_DIM, VALUES, OUTPUT_STAGES, EPS, TURN, FAST,
-            )  # fmt: skip
+                q_ptr, k_ptr = turned_q_ptr + batch * turned_stride_b, turned_k_ptr + batch * turned_stride_b
+                q_ptr, k_ptr = q_ptr + head * KEY_DIM, k_ptr + head * KEY_DIM
+                q_stride_t, k_stride_t = width, width
+                _wait_for(turned_counter_ptr, num_strands)
+            else:
+                q_ptr += batch * q_stride_b + head * q_stride_h
+                k_ptr += batch * k_stride_b + head * k_stride_h
+            if kind == 1:
+                added = _segment_sum(
+                    k_ptr, v_ptr, k_stride_t, v_stride_t, slope, count, CHUNK, KEY_DIM, VALUES, SUM_STAGES
+                )  # fmt: skip
+                _wait_for(counter_ptr, segment)
+                state = _state_before(segment, state_ptr, states_ptr, KEY_DIM, VALUE_DIM, VALUES, HAS_STATE)
+                state = tl.fma(state, tl.exp2(-slope * count), added)
+                to = new_state_ptr + at_row if segment == num_segments - 1 else states_ptr + states_stride
+                to += tl.arange(0, KEY_DIM)[:, None] * VALUE_DIM + tl.arange(0, VALUES)[None, :]
+                tl.store(to, state)
+                tl.debug_barrier()
+                tl.atomic_xchg(counter_ptr, segment + 1, sem="release")
+            else:
+                _wait_for(counter_ptr, segment)
+                state = _state_before(segment, state_ptr, states_ptr, KEY_DIM, VALUE_DIM, VALUES, HAS_STATE)
+                _segment_outputs(
+                    q_ptr, k_ptr, v_ptr, o_ptr, q_stride_t, k_stride_t, v_stride_t, o_stride_t,
+                    state, slope, scale, count, CHUNK, KEY_DIM, VALUES, OUTPUT_STAGES,
+                )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,9 +290,9 @@ class PrefillLaunch:
 
 # By compute capability, the largest that is not above the card's. Only 90 has wgmma.
 LAUNCHES = {
-    80: PrefillLaunch(segment=512, chunk=32, values=64, lag=1, num_warps=8, sum_stages=3, output_stages=3),
-    90: PrefillLaunch(segment=512, chunk=64, values=64, lag=1, num_warps=4, sum_stages=3, output_stages=2),
-    100: PrefillLaunch(segment=512, chunk=32, values=64, lag=1, num_warps=8, sum_stages=3, output_stages=3),
+    80: PrefillLaunch(segment=512, chunk=32, values=64, lag=1, num_warps=4, sum_stages=3, output_stages=3),
+    90: PrefillLaunch(segment=512, chunk=64, values=64, lag=0, num_warps=4, sum_stages=3, output_stages=2),
+    100: PrefillLaunch(segment=512, chunk=32, values=64, lag=1, num_warps=4, sum_stages=3, output_stages=3),
 }
 PREFILL_DTYPE = torch.bfloat16
 MAX_STATE_SIDE = 128  # channels of a key or value head: a program holds a whole chunk of one
@@ -406,11 +370,12 @@ def _launch(
     num_strands = num_rows * (value_dim // values)
     after = torch.empty((batch, num_heads, key_dim, value_dim), dtype=torch.float32, device=q.device)
     states = torch.empty((num_segments - 1, num_rows, key_dim, value_dim), dtype=torch.float32, device=q.device)
-    counters = torch.zeros(1 + num_strands, dtype=torch.int32, device=q.device)
+    counters = torch.zeros(1 + num_strands + num_segments, dtype=torch.int32, device=q.device)
     norm_rope = recurrence.norm_rope
-    _prefill_kernel[(2 * num_strands * (num_segments + launch.lag),)](
+    num_kinds, lead = (2, 0) if norm_rope is None else (3, 1)
+    _prefill_kernel[(num_kinds * num_strands * (num_segments + lead + launch.lag),)](
         *block,
-        None if norm_rope is None else torch.empty(q.shape, dtype=q.dtype, device=q.device),
+        *(None if norm_rope is None else torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2)),
         state,
         after,
         states,
@@ -422,6 +387,7 @@ def _launch(
         q.shape[1],
         num_rows,
         NUM_HEADS=num_heads,
+        PADDED_HEADS=triton.next_power_of_2(num_heads),
         SEGMENT=launch.segment,
         CHUNK=launch.chunk,
         KEY_DIM=key_dim,

@@ -12,7 +12,7 @@ All in float64. Temperature 0 is greedy: the first of the largest. With the same
 token but where a sum comes within rounding of a limit: it adds up the same numbers in another order.
     greedy_tokens   temperature 0, one launch
     draw_tokens     without top_k and top_p, which alone need an order: two launches
-    sample_tokens   any settings, by a sort in torch: some 25 launches
+    sample_tokens   any settings: three launches and a sort by torch
 Settings and random numbers lie on the device, so that one captured step serves every answer. A logit that is NaN or
 infinite sets a flag there; the tokens are then ids of the vocabulary without meaning.
 Shapes: logits fp32 [R, V], ids int64 [R].
@@ -101,7 +101,7 @@ def sample_tokens_definition(logits: Tensor, sampling: SamplingTensors) -> Tenso
 
 
 def sample_tokens_reference(logits: Tensor, sampling: SamplingTensors) -> Tensor:
-    """The same at once, without a look at any number: also what a card runs, inside a CUDA graph."""
+    """The same at once, without a look at any number: what a CPU runs."""
     sampling.is_damaged.bitwise_or_(~torch.isfinite(logits.sum(dtype=torch.float64)))
     num_rows, num_entries = logits.shape
     is_greedy = sampling.temperature == 0
@@ -190,18 +190,75 @@ def greedy_tokens_triton(logits: Tensor, sampling: SamplingTensors) -> Tensor:
 
 
 @triton.jit
-def _weights_of(logits_ptr, entries, num_entries, largest, temperature, min_p):
-    """w of some entries of a row in float64, 0 where min_p cuts."""
+def _temperature(temperature_ptr, COLDEST: tl.constexpr):
+    """What logits are divided by."""
+    given = tl.load(temperature_ptr)
+    return tl.where(given > 0, given, tl.full((), COLDEST, tl.float64))
+
+
+@triton.jit
+def _weights_of(logits_ptr, entries, num_entries, largest, temperature, min_p, cut, HAS_CUT: tl.constexpr):
+    """w of some entries of a row in float64, 0 behind the cut and where min_p cuts."""
     inside = entries < num_entries
-    logits = tl.load(logits_ptr + entries, mask=inside, other=0.0).to(tl.float64)
-    weights = tl.exp((logits - largest) / temperature)
+    logits = tl.load(logits_ptr + entries, mask=inside, other=0.0)
+    if HAS_CUT:
+        inside = inside & (ordered_key(logits, entries) >= cut)
+    weights = tl.exp((logits.to(tl.float64) - largest) / temperature)
     return tl.where(inside & (weights >= min_p), weights, 0.0)
+
+
+@triton.jit
+def _cut_kernel(
+    ranked_ptr,
+    ids_ptr,
+    sums_ptr,
+    cuts_ptr,
+    counters_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    num_entries,
+    BLOCK: tl.constexpr,
+    SLICES: tl.constexpr,
+    COLDEST: tl.constexpr,
+):
+    """Where top_k and top_p end, from logits in falling order: the key of the last that they leave.
+
+    ranked fp32 [R, V]; ids int64 [R, V]; sums float64 [R, programs]; cuts int64 [R]; counters as for the draw.
+    """
+    row = tl.program_id(1).to(tl.int64)
+    num_slices = tl.num_programs(0)
+    ranked_ptr += row * num_entries
+    sums_ptr += row * num_slices
+    temperature = _temperature(temperature_ptr, COLDEST)
+    top_k = tl.load(top_k_ptr)
+    count = tl.where(top_k > 0, tl.minimum(top_k, num_entries), num_entries)
+    largest = tl.load(ranked_ptr).to(tl.float64)
+    places = tl.arange(0, BLOCK)
+    first = tl.program_id(0) * BLOCK
+    weights = _weights_of(ranked_ptr, first + places, count, largest, temperature, 0.0, 0, False)
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(weights))
+    tl.debug_barrier()
+    if tl.atomic_add(counters_ptr + row, 1) == num_slices - 1:
+        slices = tl.arange(0, SLICES)
+        sums = tl.load(sums_ptr + slices, mask=slices < num_slices, other=0.0, cache_modifier=".cg")
+        top_p = tl.load(top_p_ptr)
+        limit = top_p * tl.sum(sums)
+        chosen = tl.minimum(tl.sum((tl.cumsum(sums) < limit).to(tl.int32)), num_slices - 1)
+        before = tl.sum(tl.where(slices < chosen, sums, 0.0))
+        weights = _weights_of(ranked_ptr, chosen * BLOCK + places, count, largest, temperature, 0.0, 0, False)
+        place = tl.sum((before + tl.cumsum(weights) < limit).to(tl.int32))
+        last = tl.where(top_p < 1, tl.minimum(chosen * BLOCK + place, count - 1), count - 1)
+        key = ordered_key(tl.load(ranked_ptr + last), tl.load(ids_ptr + row * num_entries + last))
+        tl.store(cuts_ptr + row, key)
+        tl.store(counters_ptr + row, 0)
 
 
 @triton.jit
 def _draw_kernel(
     logits_ptr,
     best_ptr,
+    cuts_ptr,
     sums_ptr,
     tokens_ptr,
     counters_ptr,
@@ -215,10 +272,12 @@ def _draw_kernel(
     BLOCK: tl.constexpr,
     SLICES: tl.constexpr,
     COLDEST: tl.constexpr,
+    HAS_CUT: tl.constexpr,
 ):
     """The sum of BLOCK weights of a row; the last program of a row to finish draws: first a slice, then an entry of it.
 
-    best int64 [R], the largest; sums float64 [R, programs]; counters [R], zero before and after.
+    best int64 [R], the largest; cuts int64 [R], the least key that is left; sums float64 [R, programs]; counters [R],
+    zero before and after.
     """
     row = tl.program_id(1).to(tl.int64)
     num_slices = tl.num_programs(0)
@@ -226,12 +285,12 @@ def _draw_kernel(
     sums_ptr += row * num_slices
     best = tl.load(best_ptr + row)
     largest = tl.load(logits_ptr + best).to(tl.float64)
-    given = tl.load(temperature_ptr)
-    temperature = tl.where(given > 0, given, tl.full((), COLDEST, tl.float64))
+    temperature = _temperature(temperature_ptr, COLDEST)
     min_p = tl.load(min_p_ptr)
+    cut = tl.load(cuts_ptr + row) if HAS_CUT else best
     places = tl.arange(0, BLOCK)
     first = tl.program_id(0) * BLOCK
-    weights = _weights_of(logits_ptr, first + places, num_entries, largest, temperature, min_p)
+    weights = _weights_of(logits_ptr, first + places, num_entries, largest, temperature, min_p, cut, HAS_CUT)
     tl.store(sums_ptr + tl.program_id(0), tl.sum(weights))
     tl.debug_barrier()
     if tl.atomic_add(counters_ptr + row, 1) == num_slices - 1:
@@ -243,25 +302,53 @@ def _draw_kernel(
         chosen = tl.minimum(tl.sum((ends <= drawn).to(tl.int32)), last)
         before = tl.sum(tl.where(slices < chosen, sums, 0.0))
         entries = chosen * BLOCK + places
-        weights = _weights_of(logits_ptr, entries, num_entries, largest, temperature, min_p)
+        weights = _weights_of(logits_ptr, entries, num_entries, largest, temperature, min_p, cut, HAS_CUT)
         last = tl.max(tl.where(weights > 0, places, 0))
         place = tl.minimum(tl.sum((before + tl.cumsum(weights) <= drawn).to(tl.int32)), last)
-        token = tl.where(given > 0, (chosen * BLOCK + place).to(tl.int64), best)
+        token = tl.where(tl.load(temperature_ptr) > 0, (chosen * BLOCK + place).to(tl.int64), best)
         tl.store(tokens_ptr + row, token)
         tl.store(counters_ptr + row, 0)
 
 
 def draw_tokens_triton(logits: Tensor, sampling: SamplingTensors) -> Tensor:
     """The largest of every row, and then a draw: two launches. Raises: as `greedy_tokens_triton`."""
+    return _draw(logits, greedy_tokens_triton(logits, sampling), None, sampling)
+
+
+def sample_tokens_triton(logits: Tensor, sampling: SamplingTensors) -> Tensor:
+    """The same behind a sort by torch and a search for where top_k and top_p end. Raises: as `greedy_tokens_triton`."""
     best = greedy_tokens_triton(logits, sampling)
     num_rows, num_entries = logits.shape
+    ranked, ids = torch.sort(logits, dim=1, descending=True, stable=True)
     slices = triton.cdiv(num_entries, BLOCK_ENTRIES)
-    sums = torch.empty((num_rows, slices), dtype=torch.float64, device=logits.device)
+    cuts = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    _cut_kernel[slices, num_rows](
+        ranked,
+        ids,
+        torch.empty((num_rows, slices), dtype=torch.float64, device=logits.device),
+        cuts,
+        sampling.counters,
+        sampling.temperature,
+        sampling.top_k,
+        sampling.top_p,
+        num_entries,
+        BLOCK=BLOCK_ENTRIES,
+        SLICES=triton.next_power_of_2(slices),
+        COLDEST=_COLDEST,
+        num_warps=NUM_WARPS,
+    )
+    return _draw(logits, best, cuts, sampling)
+
+
+def _draw(logits: Tensor, best: Tensor, cuts: Tensor | None, sampling: SamplingTensors) -> Tensor:
+    num_rows, num_entries = logits.shape
+    slices = triton.cdiv(num_entries, BLOCK_ENTRIES)
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     _draw_kernel[slices, num_rows](
         logits,
         best,
-        sums,
+        cuts,
+        torch.empty((num_rows, slices), dtype=torch.float64, device=logits.device),
         tokens,
         sampling.counters,
         sampling.temperature,
@@ -274,6 +361,7 @@ def draw_tokens_triton(logits: Tensor, sampling: SamplingTensors) -> Tensor:
         BLOCK=BLOCK_ENTRIES,
         SLICES=triton.next_power_of_2(slices),
         COLDEST=_COLDEST,
+        HAS_CUT=cuts is not None,
         num_warps=NUM_WARPS,
     )
     return tokens
@@ -295,4 +383,6 @@ def greedy_tokens(logits: Tensor, sampling: SamplingTensors) -> Tensor:
 
 def sample_tokens(logits: Tensor, sampling: SamplingTensors) -> Tensor:
     """For any answer. Shapes: logits fp32 [R, V] -> int64 [R]."""
+    if use_triton(logits):
+        return sample_tokens_triton(logits, sampling)
     return sample_tokens_reference(logits, sampling)

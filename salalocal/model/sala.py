@@ -146,7 +146,8 @@ class SalaModel(nn.Module):
         if state.config_digest != self._config_digest:
             raise StateError("the state was made by another model")
         state.check_whole()
-        hidden = self.model.embed_tokens(tokens) * self.config.scale_emb
+        table = self.model.embed_tokens
+        hidden = table(tokens.to(table.weight.device)).to(self.device) * self.config.scale_emb
         for block, layer_state in zip(self._blocks(), state.layers, strict=True):
             hidden = block(hidden, layer_state)
         state.num_tokens += tokens.shape[1]

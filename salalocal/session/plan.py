@@ -85,7 +85,9 @@ def plan_model(settings: Settings, flags: PlanFlags, tell: Callable[[str], None]
     weights = WeightFormat(_word("--weights", flags.weights or stored, WeightFormat))
     default_cache = "fp32" if weights is WeightFormat.FP32 else "bf16"
     cache = CacheFormat(_word("--kv-cache", flags.cache or default_cache, CacheFormat))
-    options = PlanOptions(weights, cache, is_cuda=is_cuda, stored=quantized)
+    # What is quantized computes in the dtype of its other tensors.
+    has_kernels = weights is WeightFormat.BF16 or config.dtype == "bfloat16"
+    options = PlanOptions(weights, cache, is_cuda=is_cuda, stored=quantized, has_kernels=has_kernels)
     return make_plan(config, PlanRequest(settings.model, flags.ctx, memory_bytes, options))
 
 

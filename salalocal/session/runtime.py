@@ -27,6 +27,7 @@ from salalocal.engine.engine import Engine, EngineConfig
 from salalocal.engine.load import Placement, default_dtype, load_model, weight_bytes
 from salalocal.engine.sampling_params import SamplingParams
 from salalocal.errors import CheckpointError, ContextError, RequestError
+from salalocal.kernels.backend import HAS_TRITON
 from salalocal.model.config import SalaConfig
 from salalocal.model.sala import MODEL_DTYPES
 from salalocal.prompt.pack import PromptPack
@@ -110,7 +111,9 @@ class Runtime:
             logits = self.engine.prefill(ids, state)
         if logits is None:
             raise ValueError("a prefill that nobody can cancel was cancelled")
-        return Generation(self.engine.generate(state, logits, params, self.stop_ids), stream, self.stop_ids)
+        return Generation(
+            self.engine.generate(state, logits, params, self.stop_ids, guess_from=ids), stream, self.stop_ids
+        )
 
     def session(
         self,
@@ -202,7 +205,8 @@ def _plan(
     weights, cache = _FORMATS[dtype]
     if options.kv_cache is not None:
         cache = _cache_format(options.kv_cache, cache)
-    plan_options = PlanOptions(weights, cache, is_cuda=is_cuda, math=_math(options.math))
+    has_kernels = HAS_TRITON and dtype == torch.bfloat16
+    plan_options = PlanOptions(weights, cache, is_cuda=is_cuda, math=_math(options.math), has_kernels=has_kernels)
     record = config.quantization_config
     if record is not None:
         stored = StoredWeights(WeightFormat.of_record(record), weight_bytes(checkpoint, device, dtype))

@@ -201,7 +201,7 @@ class Session:
         if not read.is_whole or read.logits is None:
             yield Finish("cancelled", self._usage(read))
             return
-        tokens = runtime.engine.generate(read.state, read.logits, sampling, runtime.stop_ids, is_cancelled)
+        tokens = runtime.engine.generate(read.state, read.logits, sampling, runtime.stop_ids, is_cancelled, prompt.ids)
         generation = Generation(tokens, stream, runtime.stop_ids)
         started_s, num_thinking = time.monotonic(), 0
         try:
@@ -223,6 +223,7 @@ class Session:
             return
         thinking, answer = split_thinking(generation.text)
         self._turns.append(Turn(question, answer, thinking, ids, generation.finish))
+        read.state.settle()
         held = ids[: read.state.num_tokens - len(prompt.ids)]
         self._store.put(SavePoint(prompt.tokens + token_bytes(held), read.state, None, is_pinned=False))
 

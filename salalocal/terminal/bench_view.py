@@ -18,7 +18,7 @@ from salalocal.bench.report import BenchReport
 from salalocal.bench.subject import SubjectFacts
 from salalocal.bench.walk import BenchProgress, DepthResult, SubjectResult
 from salalocal.session.plan import short_tokens
-from salalocal.terminal.console import Terminal
+from salalocal.terminal.console import Terminal, one_line
 from salalocal.terminal.live_bar import LiveBar
 from salalocal.terminal.progress import duration
 from salalocal.terminal.tables import size
@@ -26,6 +26,7 @@ from salalocal.terminal.tables import size
 FORMATS = ("md", "json", "jsonl", "csv")
 
 _NARROW = 60
+_MAX_NAME = 40
 _SAMPLES = ("samples_ns", "samples_ts")
 _FIRST_TOKEN = "first token: everything read up to there, and the first draw"
 _ROOFLINE = "roofline: the least time by FLOP and bytes, counted from the shape, in % of the time measured"
@@ -40,7 +41,7 @@ class BenchView:
 
     def show(self, progress: BenchProgress) -> None:
         """Draw how far a walk is."""
-        self._live_bar.draw(lambda width: _bar(progress, width), lambda: _figures(progress))
+        self._live_bar.draw(lambda width: _bar(progress, width), lambda: _line(progress))
 
     def close(self) -> None:
         """Take the bar away; safe to call at any time."""
@@ -54,17 +55,27 @@ def _bar(progress: BenchProgress, width: int) -> RenderableType:
     row.add_column(no_wrap=True)
     share = f"{progress.num_tokens:,}/{progress.total_tokens:,}" if width >= _NARROW else _percent(progress)
     row.add_row(ProgressBar(total=progress.total_tokens, completed=progress.num_tokens), share)
-    return Group(Text(_figures(progress), style="dim", no_wrap=True, overflow="ellipsis"), row)
+    figures = _line(progress) if width >= _NARROW else _short_line(progress)
+    return Group(Text(figures, style="dim", no_wrap=True, overflow="ellipsis"), row)
 
 
-def _figures(progress: BenchProgress) -> str:
-    parts = [f"{progress.subject}: {progress.activity}"]
+def _line(progress: BenchProgress) -> str:
+    parts = [f"{one_line(progress.subject, _MAX_NAME)}: {progress.activity}"]
     if progress.activity == "writing":
         parts[0] += f" at {short_tokens(progress.num_tokens)}"
     elif progress.tokens_per_s:
-        left_s = (progress.total_tokens - progress.num_tokens) / progress.tokens_per_s
-        parts += [_percent(progress), f"{progress.tokens_per_s:,.0f} tok/s", f"{duration(left_s)} left"]
+        parts += [_percent(progress), _pace(progress)]
     return ", ".join(parts)
+
+
+def _short_line(progress: BenchProgress) -> str:
+    is_reading = progress.activity == "reading" and progress.tokens_per_s
+    return f"{one_line(progress.subject, 12)}: {_pace(progress) if is_reading else progress.activity}"
+
+
+def _pace(progress: BenchProgress) -> str:
+    left_s = (progress.total_tokens - progress.num_tokens) / progress.tokens_per_s
+    return f"{progress.tokens_per_s:,.0f} tok/s, {duration(left_s)} left"
 
 
 def _percent(progress: BenchProgress) -> str:

@@ -9,7 +9,7 @@ from checkpoint_cases import random_tensors, small_config
 from quantized_cases import gptq_record, quantized_tensors, written_quantized
 
 from salalocal.bench import opening
-from salalocal.bench.opening import find_subject, open_subject, tensor_bytes, usual_subject
+from salalocal.bench.opening import find_subject, open_subject, tensor_bytes
 from salalocal.checkpoint.checkpoint import Checkpoint
 from salalocal.checkpoint.names import expected_tensors
 from salalocal.device import DeviceMemory
@@ -26,35 +26,36 @@ CPU, CARD = torch.device("cpu"), torch.device("cuda:0")
 def empty_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(opening, "newest_copy", lambda: None)
+    monkeypatch.setattr(opening, "with_usual_model", lambda settings, tell: settings)
 
 
 def test_nobody_s_choice_is_the_built_in_model_on_a_cpu_and_random_weights_on_a_card() -> None:
     settings, told = load_settings({}, {}), []
-    found = find_subject(usual_subject(settings, CPU), told.append)
+    _, found = find_subject(settings, CPU, told.append)
     assert found is not None and found.path.name == "builtin"
-    assert find_subject(usual_subject(settings, CARD), told.append) is None
+    assert find_subject(settings, CARD, told.append) == (settings, None)
     assert "random int4 weights of the released 9B shape" in told[-1]
 
 
-def test_a_quantized_copy_on_this_machine_comes_before_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Copy:
-        name = "a-copy"
-
-    monkeypatch.setattr(opening, "newest_copy", Copy)
-    settings = usual_subject(load_settings({}, {}), CARD)
-    assert settings.model == "a-copy" and "newest quantized copy" in settings.origin("model")
-    chosen = Settings(model="mine", origins={"model": "--model"})
-    assert usual_subject(chosen, CARD) is chosen
+def test_a_model_to_chat_with_comes_before_random_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    copy = tiny_model.write_tiny_model(tmp_path / "copy", 1)
+    usual = Settings(model=str(copy), origins={"model": "default: the newest quantized copy"})
+    monkeypatch.setattr(opening, "with_usual_model", lambda settings, tell: usual)
+    told: list[str] = []
+    settings, found = find_subject(load_settings({}, {}), CARD, told.append)
+    assert settings is usual and found is not None and found.path == copy
+    assert "the newest quantized copy" in told[0]
+    chosen = Settings(model="builtin", origins={"model": "--model"})
+    assert find_subject(chosen, CARD, told.append)[0] is chosen
 
 
 def test_the_released_model_may_be_absent_and_no_other() -> None:
     told: list[str] = []
     settings = Settings(model=RELEASED_MODEL, origins={"model": "--model"})
-    assert find_subject(settings, told.append) is None
+    assert find_subject(settings, CPU, told.append)[1] is None
     assert "is not on this machine" in told[0]
     with pytest.raises(HubError):
-        find_subject(Settings(model="someone/else", origins={"model": "--model"}), told.append)
+        find_subject(Settings(model="someone/else", origins={"model": "--model"}), CPU, told.append)
 
 
 def test_bytes_of_packed_and_dense_tensors(tmp_path: Path, seed: int) -> None:
@@ -84,7 +85,7 @@ def test_a_random_model_that_cannot_fit_is_refused_with_what_would(monkeypatch: 
 def test_a_stored_model_says_what_it_is(tmp_path: Path, seed: int) -> None:
     folder = tiny_model.write_tiny_model(tmp_path / "model", seed)
     settings = Settings(model=str(folder), device="cpu", chunk_size=32, origins={"model": "--model"})
-    found = find_subject(settings, lambda line: None)
+    found = find_subject(settings, CPU, lambda line: None)[1]
     subject = open_subject(found, settings, CPU, 500)
     facts = subject.facts
     assert facts.chunk_size == 32 and (facts.dtype, facts.math, facts.cache) == ("fp32", "fp32", "fp32")

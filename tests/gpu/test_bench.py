@@ -85,7 +85,7 @@ def test_a_graph_draws_what_single_steps_draw(seed: int) -> None:
 def test_a_whole_run_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("salalocal.bench.opening.SalaConfig.released", staticmethod(small_released))
     monkeypatch.setattr("salalocal.bench.run.QWEN3_8B", SHAPE)
-    monkeypatch.setattr("salalocal.bench.opening.newest_copy", lambda: None)
+    monkeypatch.setattr("salalocal.bench.opening.with_usual_model", lambda settings, tell: settings)
     options = BenchOptions((4096, 20_000), 16, 2, "dense", ("RTX 5090",))
     settings = Settings(device="cuda", chunk_size=4096)
     report = run_bench(settings, options, lambda progress: None, lambda line: None)

@@ -1,5 +1,6 @@
 """The kernel of the block choice against the reference in float64: random and adversarial inputs, edges of blocks."""
 
+import dataclasses
 import math
 import random
 
@@ -59,10 +60,21 @@ def num_different(found: Tensor, exact: Tensor) -> int:
     return int((found != exact).any(-1).sum())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("past_block", [1, 15, 0])
-def test_picks_what_float64_picks(dtype: torch.dtype, past_block: int, seed: int) -> None:
-    q, keys = draw(seed, 16 * random.Random(seed).randrange(24, 40) + past_block, 9)
+@pytest.mark.parametrize(
+    ("dtype", "past_block", "high", "has_tma"),
+    [
+        (torch.float32, 1, 1, False),
+        (torch.bfloat16, 15, 2, False),
+        (torch.bfloat16, 0, 1, True),
+    ],
+    ids=["fp32", "halves", "described"],
+)
+def test_picks_what_float64_picks(
+    dtype: torch.dtype, past_block: int, high: int, has_tma: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = dataclasses.replace(prefill.LAUNCH[80], tile_keys=16 * high, high=high, has_tma=has_tma)
+    monkeypatch.setattr(prefill, "LAUNCH", {80: launch})
+    q, keys = draw(seed, 16 * random.Random(seed).randrange(24, 32) + past_block, 5)
     found, exact = choose(q, keys, dtype)
     assert found.shape == exact.shape and found.dtype == exact.dtype
     assert num_different(found, exact) <= 1  # a margin below rounding may turn one row

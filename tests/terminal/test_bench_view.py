@@ -141,7 +141,8 @@ def test_a_bar_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, width: int) ->
     view = BenchView(make_terminal(err=err, out=io.StringIO()))
     view.show(BenchProgress("builtin", "reading", 2048, 4096, 1024.0))
     view.close()
-    assert "reading, 50%" in err.getvalue() and ("2,048/4,096" in err.getvalue()) == (width == 80)
+    assert "1,024 tok/s, 2.0 s left" in err.getvalue() and ("2,048/4,096" in err.getvalue()) == (width == 80)
+    assert "50%" in err.getvalue()
     rows = [part for line in err.getvalue().split("\n") for part in line.split("\r")]
     assert all(len(part.split("\x1b")[0]) <= width for part in rows)
 

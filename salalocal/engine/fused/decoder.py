@@ -1,29 +1,54 @@
 """An answer token by token on a GPU: a state and a first token go in, the tokens after it come out; for Generation.
 
-The device works one step ahead: while a token is looked at, the step that feeds it runs already. A step in vain changes
-nothing that counts, see `step`. The state is lent to the decoder meanwhile, and settled before anybody else reads it.
+Without guesses the device works one step ahead: while a token is looked at, the step that feeds it runs already. A step
+in vain changes nothing that counts, see `step`. With guesses a step may bring several tokens, and the next one waits
+for them. The state is lent to the decoder meanwhile, and settled before anybody else reads it.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from salalocal.engine.fused.model import FusedModel
 from salalocal.engine.fused.step import Step, StepState, TokenChoice, commit
+from salalocal.engine.prompt_lookup import PromptLookup
 from salalocal.engine.sampling import Sampler
 from salalocal.errors import NumericError
+from salalocal.kernels.lightning_decode import MAX_STEPS
 from salalocal.model.state import ModelState
 
 # Room for so many tokens is made at a time; what follows is captured anew.
 ROOM_TOKENS = 4096
+# Rows of a step that checks guesses: up to 8 cost little more than one, see benchmarks/LOG.md.
+GUESS_ROWS = 8
+
+
+@dataclass
+class GuessStats:
+    """How guessing went: steps taken, tokens guessed, and guesses that were right."""
+
+    num_steps: int = 0
+    num_guessed: int = 0
+    num_right: int = 0
 
 
 class Decoder:
     """Feeds tokens into a state and draws the next ones, at most `max_tokens`, with the sampler's random numbers."""
 
-    def __init__(self, model: FusedModel, state: ModelState, sampler: Sampler, max_tokens: int) -> None:
+    def __init__(
+        self,
+        model: FusedModel,
+        state: ModelState,
+        sampler: Sampler,
+        max_tokens: int,
+        lookup: PromptLookup | None = None,
+    ) -> None:
         self._model, self._state, self._sampler = model, state, sampler
         self._left = max_tokens
+        self._lookup = lookup
         self._run: _Run | None = None
+        self.stats = GuessStats()
 
     def next_token(self, token: int) -> int:
         """Feed `token`, the last one drawn, and draw the one behind it.
@@ -37,7 +62,10 @@ class Decoder:
                 self._run = _Run(self._model, self._state, token, self._sampler, min(self._left, ROOM_TOKENS))
                 self._state.lend(self._settle)
             self._left -= 1
-            return self._run.next_token()
+            if self._lookup is None:
+                return self._run.next_token()
+            self._lookup.push(token)
+            return self._run.next_token_guessing(self._lookup, self.stats)
 
     def _settle(self) -> None:
         run, self._run = self._run, None
@@ -50,41 +78,73 @@ class _Run:
     """Steps over a reserved room of some tokens, until it is full or the state is wanted back."""
 
     def __init__(self, model: FusedModel, state: ModelState, token: int, sampler: Sampler, room: int) -> None:
+        device = model.model.device
         self._model, self._state, self._room = model, state, room
-        self._tensors = StepState.begin(state, token, room, model.model.device)
-        self._step = Step(model, self._tensors, TokenChoice(sampler, room, model.model.device))
+        self._tensors = StepState.begin(state, token, room + MAX_STEPS, device)
+        choose = TokenChoice(sampler, room + MAX_STEPS, device)
+        self._step = Step(model, self._tensors, choose)
+        self._guessing_step = Step(model, self._tensors, choose, GUESS_ROWS)
         self._launched, self._taken = 0, 0
-        self._landed = [_Landing(self._tensors.chosen) for _ in range(2)]
+        self._landed = [_Landing(self._tensors.drawn) for _ in range(2)]
+        # Tokens of the last step: how many are taken, and those that are not.
+        self._taken_of_step, self._drawn = 0, list[int]()
 
     @property
     def is_full(self) -> bool:
         return self._taken == self._room
 
     def next_token(self) -> int:
+        """The next token; the step behind it is on its way."""
         while self._launched < min(self._taken + 2, self._room):
             self._step.launch()
             self._landed[self._launched % 2].take()
             self._launched += 1
-        token = self._landed[self._taken % 2].wait()
+        self._drawn = self._landed[self._taken % 2].wait()
+        self._taken_of_step = 0
+        return self._take()
+
+    def next_token_guessing(self, lookup: PromptLookup, stats: GuessStats) -> int:
+        """The next token, of the last step or of a new one that checks guesses."""
+        if not self._drawn:
+            guesses = lookup.guess(GUESS_ROWS - 1)
+            if guesses:
+                self._tensors.tokens[1 : 1 + len(guesses)].copy_(torch.tensor(guesses))
+            (self._guessing_step if guesses else self._step).launch()
+            self._landed[0].take()
+            self._drawn = self._landed[0].wait()
+            self._launched += len(self._drawn)
+            self._taken_of_step = 0
+            if guesses:
+                lookup.learn(len(self._drawn) - 1)
+            stats.num_steps += 1
+            stats.num_guessed += len(guesses)
+            stats.num_right += len(self._drawn) - 1
+        return self._take()
+
+    def end(self) -> None:
+        """Bring the lightning matrices up to what was taken: a step ahead has done so already."""
+        is_ahead = self._launched > self._taken and not self._drawn
+        if self._taken and not is_ahead:
+            self._tensors.count.fill_(self._taken_of_step)
+            commit(self._model, self._tensors)
+
+    def _take(self) -> int:
+        token = self._drawn.pop(0)
         if token < 0:
             raise NumericError(
                 "logits: some numbers are NaN or infinite",
                 "nothing of this step was kept; check the model's files, or try another dtype",
             )
+        self._taken_of_step += 1
         self._taken += 1
         self._state.num_tokens += 1
         for layer in self._state.layers:
             layer.extend(1)
         return token
 
-    def end(self) -> None:
-        """Bring the lightning matrices up to what was taken: a step ahead has done so already."""
-        if 0 < self._launched == self._taken:
-            commit(self._model, self._tensors)
-
 
 class _Landing:
-    """One token on its way to the host."""
+    """The tokens of a step on their way to the host."""
 
     def __init__(self, source: Tensor) -> None:
         self._source = source
@@ -96,7 +156,9 @@ class _Landing:
         if self._event is not None:
             self._event.record()
 
-    def wait(self) -> int:
+    def wait(self) -> list[int]:
+        """The token behind every accepted row."""
         if self._event is not None:
             self._event.synchronize()
-        return int(self._host[0])
+        count = int(self._host[0])
+        return [int(token) for token in self._host[1 : 1 + count]]

@@ -19,7 +19,7 @@ from salalocal.kernels.int4.activations_by_group import float_activations
 from salalocal.kernels.int4.activations_by_row import QuantizedRows, split_rows
 from salalocal.kernels.int4.gemv import MAX_TOKENS, PLAIN, SWIGLU, Epilogue, int4_gemv
 from salalocal.kernels.int4.int8_gemm import Residual
-from salalocal.kernels.int4.route import choose, int4_matmul
+from salalocal.kernels.int4.route import Route, choose, int4_matmul, int4_swiglu
 from salalocal.kernels.int4.scratch import Int4Weight
 from salalocal.model.layers import DenseLinear
 from salalocal.quant.linear import KernelLinear
@@ -78,10 +78,20 @@ class PackedProduct:
         x = raw if is_int8 else float_activations(raw.values, raw.norm)
         return int4_gemv(x, linear, epilogue, raw.values.dtype, linear.workspace.gemv)
 
-    def _many(self, rows: Rows, residual: Residual | None) -> Tensor:
-        linear, folded = self.linear, self.folded
+    def route(self, num_rows: int) -> Route:
+        """The way that many rows go."""
+        folded = self.folded
         capability = compute_capability(folded.words.device)
-        route = choose(rows.num_rows, folded.group_size, linear.math, capability, folded.bits)
+        return choose(num_rows, folded.group_size, self.linear.math, capability, folded.bits)
+
+    def many_gated(self, rows: Rows) -> Tensor:
+        """silu of the first half of the outputs times the second, by the scratch for int8."""
+        words = self.folded.words
+        out = torch.empty(rows.num_rows, len(words) // 2, dtype=torch.bfloat16, device=words.device)
+        return int4_swiglu(rows.quantized(torch.int8), self.folded, self.linear.workspace.route, out)
+
+    def _many(self, rows: Rows, residual: Residual | None) -> Tensor:
+        linear, folded, route = self.linear, self.folded, self.route(rows.num_rows)
         x: Tensor | QuantizedRows
         if route in _ROW_DTYPES:
             x = rows.quantized(_ROW_DTYPES[route])
@@ -112,8 +122,11 @@ class Projection:
     def swiglu(self, rows: Rows) -> Rows:
         """silu of the first map times the second, to be taken on by another product."""
         product = self._products[0]
-        if rows.num_rows <= MAX_TOKENS and isinstance(product, PackedProduct) and len(product.widths) == 2:
-            return PlainRows(product.few(rows, SWIGLU))
+        if isinstance(product, PackedProduct) and len(product.widths) == 2:
+            if rows.num_rows <= MAX_TOKENS:
+                return PlainRows(product.few(rows, SWIGLU))
+            if product.route(rows.num_rows) == "scratch_int8":
+                return PlainRows(product.many_gated(rows))
         return SwigluRows(*self(rows))
 
 

@@ -20,7 +20,8 @@ from salalocal.engine.fused.layers import (
 )
 from salalocal.engine.fused.model import FusedModel
 from salalocal.engine.sampling import Sampler
-from salalocal.kernels.sampling import greedy_tokens, new_sampling_tensors, sample_tokens
+from salalocal.kernels.lightning_decode import MAX_STEPS
+from salalocal.kernels.sampling import draw_tokens, greedy_tokens, new_sampling_tensors, sample_tokens
 from salalocal.model.state import ModelState
 
 
@@ -29,9 +30,11 @@ class TokenChoice:
 
     def __init__(self, sampler: Sampler, num_tokens: int, device: torch.device) -> None:
         params = sampler.params
-        self._is_greedy = params.temperature == 0
-        self._sampling = new_sampling_tensors(device, num_tokens)
-        if not self._is_greedy:
+        self._sampling = new_sampling_tensors(device, num_tokens, MAX_STEPS)
+        if params.temperature == 0:
+            self._draw = greedy_tokens
+        else:
+            self._draw = draw_tokens if params.top_k == 0 and params.top_p == 1 else sample_tokens
             self._sampling.temperature.fill_(params.temperature)
             self._sampling.top_k.fill_(params.top_k)
             self._sampling.top_p.fill_(params.top_p)
@@ -43,24 +46,28 @@ class TokenChoice:
 
         Shapes: logits fp32 [R, V] -> int64 [R] each.
         """
-        tokens = (greedy_tokens if self._is_greedy else sample_tokens)(logits, self._sampling)
-        self._sampling.step.add_(1)
+        tokens = self._draw(logits, self._sampling)
         return tokens, torch.where(self._sampling.is_damaged > 0, -1, tokens)
+
+    def advance(self, count: Tensor) -> None:
+        """Go on behind so many random numbers. Shapes: count [1]."""
+        self._sampling.step.add_(count)
 
 
 @dataclass(frozen=True, eq=False)
 class StepState:
-    """What a step reads and writes, at addresses that stay.
+    """What steps read and write, at addresses that stay.
 
-    Shapes: tokens int64 [T]; position int64 [1], of the first of them; count int32 [1], how many rows of the last step
-    were accepted and parity int32 [1], which half of the pending rows holds them; chosen int64 [T].
+    Shapes: tokens int64 [16], the last one drawn and guesses of those to come; position int64 [1], of the first of
+    them; count int32 [1], how many rows of the last step were accepted, and parity int32 [1], which half of the pending
+    rows holds them; drawn int64 [17]: the count of the step, then a token behind each of its rows, -1 for no number.
     """
 
     tokens: Tensor
     position: Tensor
     count: Tensor
     parity: Tensor
-    chosen: Tensor
+    drawn: Tensor
     memories: list[LayerMemory]
 
     @classmethod
@@ -69,25 +76,30 @@ class StepState:
         count = torch.zeros(1, dtype=torch.int32, device=device)
         parity = torch.zeros_like(count)
         return cls(
-            tokens=torch.tensor([token], device=device),
+            tokens=torch.full((MAX_STEPS,), token, device=device),
             position=torch.tensor([state.num_tokens], device=device),
             count=count,
             parity=parity,
-            chosen=torch.zeros(1, dtype=torch.int64, device=device),
+            drawn=torch.zeros(1 + MAX_STEPS, dtype=torch.int64, device=device),
             memories=[new_memory(layer, num_tokens, count, parity) for layer in state.layers],
         )
 
 
 class Step:
-    """A step of one row, first as it is, then as a graph."""
+    """A step of a fixed number of rows, first as it is, then as a graph.
 
-    def __init__(self, model: FusedModel, state: StepState, choose: TokenChoice) -> None:
+    Row 0 is the token drawn last, the others guess what comes behind it. As many are accepted as the drawn tokens bear
+    out, and the token behind the last of them is the next step's first.
+    """
+
+    def __init__(self, model: FusedModel, state: StepState, choose: TokenChoice, num_rows: int = 1) -> None:
         self._model, self._state, self._choose = model, state, choose
+        self._num_rows = num_rows
         self._graph: torch.cuda.CUDAGraph | None = None
         self._has_run = False
 
     def launch(self) -> None:
-        """Run it once more: its token is fed, the one after it chosen. Nothing waits for the device."""
+        """Run it once more. Nothing waits for the device."""
         # The first run compiles and loads kernels, which a capture must not.
         if not self._has_run or not self._state.position.is_cuda:
             self._run()
@@ -98,17 +110,24 @@ class Step:
         self._graph.replay()
 
     def _run(self) -> None:
-        state = self._state
-        place = Place(state.position)
-        hidden = self._model.embedded(state.tokens)
+        state, place = self._state, Place(self._state.position)
+        fed = state.tokens[: self._num_rows]
+        hidden = self._model.embedded(fed)
         for (mixer, mlp), memory in zip(self._model.layers, state.memories, strict=True):
             hidden = mlp(mixer.step(hidden, memory, place))
-        tokens, chosen = self._choose(self._model.model.logits(self._model.normed(hidden)))
-        state.tokens.copy_(tokens)
-        state.chosen.copy_(chosen)
-        state.position.add_(1)
-        state.count.fill_(1)
+        tokens, drawn = self._choose(self._model.model.logits(self._model.normed(hidden)))
+        if self._num_rows == 1:
+            state.count.fill_(1)
+            state.tokens[:1].copy_(tokens)
+        else:
+            right = (fed[1:] == tokens[:-1]).to(torch.int32)
+            state.count.copy_(1 + right.cumprod(0).sum(0, keepdim=True))
+            state.tokens[:1].copy_(tokens.gather(0, state.count.long() - 1))
+        state.drawn[:1].copy_(state.count)
+        state.drawn[1 : 1 + self._num_rows].copy_(drawn)
+        state.position.add_(state.count)
         state.parity.bitwise_xor_(1)
+        self._choose.advance(state.count)
 
 
 def commit(model: FusedModel, state: StepState) -> None:

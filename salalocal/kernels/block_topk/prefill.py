@@ -8,7 +8,7 @@ Scores are sums of exponentials in fp32; where one of those kept leaves its rang
 logarithms, so no score overflows and no ranking is lost to underflow.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ _MOST_ROWS = 8  # whose lists are cut at once: they pass through shared memory
 class PrefillLaunch:
     """Tile sizes. `tile_rows`: query rows times heads; `tile_keys`: k1 or k2 at a time; `segment_tiles`: tiles whose
     blocks enter the lists together; `programs_per_core`: that stay on a multiprocessor; `high`: windows of a block that
-    lie in different halves of a tile, 2 where a warp has rows of both."""
+    lie in different halves of a tile, 2 where a warp has rows of both; `has_tma`: keys are read by the copy engine."""
 
     tile_rows: int
     tile_keys: int
@@ -45,6 +45,7 @@ class PrefillLaunch:
     num_stages: int
     programs_per_core: int = 2
     high: int = 1
+    has_tma: bool = False
     max_registers: int | None = None  # per thread; what the rare cutting of the lists spills for it costs little
 
 
@@ -117,8 +118,9 @@ def _append_segment(
 
 @triton.jit
 def _log_normaliser(
-    q, k2_ptr, stride_k2, seen, log2_scale, num_full, num_keys,
+    q, k2_ptr, batch, group, stride_k2, seen, log2_scale, num_full, num_keys,
     TILE: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    HAS_TMA: tl.constexpr,
 ):  # fmt: skip
     """Binary log of the sum of exp over the `seen` [TILE] coarse keys of each row and head; num_full are whole tiles
     that all of them see."""
@@ -127,14 +129,21 @@ def _log_normaliser(
     keys = tl.arange(0, KEYS)
     dims = tl.arange(0, DIM)
     for start in tl.range(0, num_full, KEYS, num_stages=STAGES):
-        k2 = tl.load(k2_ptr + (start + keys)[:, None] * stride_k2 + dims[None, :])
+        if HAS_TMA:
+            k2 = tl.reshape(k2_ptr.load([batch, group, start, 0]), [KEYS, DIM])
+        else:
+            k2 = tl.load(k2_ptr + (start + keys)[:, None] * stride_k2 + dims[None, :])
         w = tl.dot(q, tl.trans(k2), input_precision=PRECISION)
         new_peak = tl.maximum(peak, tl.max(w, 1) * log2_scale)
         total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(w * log2_scale - new_peak[:, None]), 1)
         peak = new_peak
     for start in tl.range(num_full, num_keys, KEYS, num_stages=1):
         columns = start + keys
-        k2 = tl.load(k2_ptr + columns[:, None] * stride_k2 + dims[None, :], mask=columns[:, None] < num_keys, other=0.0)
+        if HAS_TMA:
+            k2 = tl.reshape(k2_ptr.load([batch, group, start, 0]), [KEYS, DIM])
+        else:
+            is_there = columns[:, None] < num_keys
+            k2 = tl.load(k2_ptr + columns[:, None] * stride_k2 + dims[None, :], mask=is_there, other=0.0)
         w = tl.dot(q, tl.trans(k2), input_precision=PRECISION) * log2_scale
         w = tl.where(columns[None, :] < seen[:, None], w, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(w, 1))
@@ -154,11 +163,11 @@ def _max_of_blocks(
 
 @triton.jit
 def _walk_keys(
-    q, k1_ptr, stride_k1n, num_keys, normaliser, log2_scale, floats_ptr, ints_ptr, first_free, end_free,
+    q, k1_ptr, batch, group, stride_k1n, num_keys, normaliser, log2_scale, floats_ptr, ints_ptr, first_free, end_free,
     ROWS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, SEGMENT: tl.constexpr,
     CAPACITY: tl.constexpr, PER_BLOCK: tl.constexpr, HIGH: tl.constexpr, LOCAL: tl.constexpr,
     FREE: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, HAS_ASM: tl.constexpr, IS_LOG: tl.constexpr,
+    STAGES: tl.constexpr, HAS_ASM: tl.constexpr, HAS_TMA: tl.constexpr, IS_LOG: tl.constexpr,
 ):  # fmt: skip
     """Leave the FREE largest of every row's blocks in the lists. q [DIM, ROWS * HEADS].
 
@@ -168,7 +177,7 @@ def _walk_keys(
     SEGMENT_BLOCKS: tl.constexpr = SEGMENT * BLOCKS
     # The windows of a block stand in places of the tile, HIGH times LOW of them, that one thread holds or few do.
     LOW: tl.constexpr = PER_BLOCK // HIGH
-    SIDE: tl.constexpr = max(1, 16 // LOW)  # blocks side by side
+    SIDE: tl.constexpr = 1 if HAS_TMA else max(1, 16 // LOW)  # blocks side by side
     place = tl.arange(0, KEYS)
     window = place // (KEYS // HIGH) * LOW + place // SIDE % LOW
     key_of_place = (place % (KEYS // HIGH) // (SIDE * LOW) * SIDE + place % SIDE) * PER_BLOCK + window
@@ -183,7 +192,9 @@ def _walk_keys(
         end = tl.minimum(segment + SEGMENT * KEYS, num_keys)
         for start in tl.range(segment, end, KEYS, num_stages=STAGES):
             # What is behind the last may not enter the lists; that much of local blocks can be read.
-            if KEYS <= LOCAL * PER_BLOCK:
+            if HAS_TMA:
+                k1 = tl.reshape(k1_ptr.load([batch, group, start, 0]), [KEYS, DIM])
+            elif KEYS <= LOCAL * PER_BLOCK:
                 k1 = tl.load(k1_ptr + start * stride_k1n + (key_of_place[:, None] * stride_k1n + dims[None, :]))
             else:
                 keys = tl.minimum(start + key_of_place, num_keys - 1)
@@ -215,7 +226,7 @@ def _block_topk_prefill_kernel(
     CAPACITY: tl.constexpr, COARSE_SIZE: tl.constexpr, COARSE_STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr,
     HIGH: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, FREE: tl.constexpr,
     BUDGET: tl.constexpr, BUDGET_TILE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    HAS_ASM: tl.constexpr,
+    HAS_ASM: tl.constexpr, HAS_TMA: tl.constexpr,
 ):  # fmt: skip
     """A program takes every so many'th tile of ROWS query rows of one KV head.
 
@@ -242,18 +253,22 @@ def _block_topk_prefill_kernel(
         seen = (first_position + tile_rows + 1 - COARSE_SIZE) // COARSE_STRIDE + 1
         num_full = ((first + 1 - COARSE_SIZE) // COARSE_STRIDE + 1) // KEYS * KEYS
         num_coarse = (last + 1 - COARSE_SIZE) // COARSE_STRIDE + 1
+        keys_ptr, coarse_ptr = k1_ptr, k2_ptr  # descriptions of the whole if HAS_TMA
+        if not HAS_TMA:
+            keys_ptr += batch * stride_k1b + group * stride_k1h
+            coarse_ptr += batch * stride_k2b + group * stride_k2h
         normaliser = _log_normaliser(
-            q, k2_ptr + batch * stride_k2b + group * stride_k2h, stride_k2n, seen, log2_scale, num_full, num_coarse,
-            TILE, KEYS, DIM, PRECISION, STAGES,
+            q, coarse_ptr, batch, group, stride_k2n, seen, log2_scale, num_full, num_coarse,
+            TILE, KEYS, DIM, PRECISION, STAGES, HAS_TMA,
         )  # fmt: skip
 
         own = (first_position + first_row + lanes) // BLOCK
         num_keys = (last // BLOCK - LOCAL) * PER_BLOCK
-        keys_ptr = k1_ptr + batch * stride_k1b + group * stride_k1h
         turned = tl.trans(q)
         _walk_keys(
-            turned, keys_ptr, stride_k1n, num_keys, normaliser, log2_scale, floats_ptr, ints_ptr, INIT, own - LOCAL,
-            ROWS, HEADS, DIM, KEYS, SEGMENT, CAPACITY, PER_BLOCK, HIGH, LOCAL, FREE, PRECISION, STAGES, HAS_ASM, False,
+            turned, keys_ptr, batch, group, stride_k1n, num_keys, normaliser, log2_scale, floats_ptr, ints_ptr, INIT,
+            own - LOCAL, ROWS, HEADS, DIM, KEYS, SEGMENT, CAPACITY, PER_BLOCK, HIGH, LOCAL, FREE, PRECISION, STAGES, HAS_ASM,
+            HAS_TMA, False,
         )  # fmt: skip
         kept = tl.arange(0, BUDGET_TILE)[None, :]
         scores = tl.load(floats_ptr + ROWS + lanes[:, None] * CAPACITY + kept, mask=kept < FREE, other=0.0)
@@ -264,9 +279,9 @@ def _block_topk_prefill_kernel(
         if tl.max(is_out_of_range.to(tl.int32)) > 0:
             tl.debug_barrier()  # all have read the list
             _walk_keys(
-                turned, keys_ptr, stride_k1n, num_keys, normaliser, log2_scale, floats_ptr, ints_ptr, INIT,
-                own - LOCAL, ROWS, HEADS, DIM, KEYS, SEGMENT, CAPACITY, PER_BLOCK, HIGH, LOCAL, FREE, PRECISION, STAGES,
-                HAS_ASM, True,
+                turned, keys_ptr, batch, group, stride_k1n, num_keys, normaliser, log2_scale, floats_ptr, ints_ptr,
+                INIT, own - LOCAL, ROWS, HEADS, DIM, KEYS, SEGMENT, CAPACITY, PER_BLOCK, HIGH, LOCAL, FREE, PRECISION, STAGES,
+                HAS_ASM, HAS_TMA, True,
             )  # fmt: skip
 
         columns = tl.arange(0, BUDGET_TILE)[None, :]
@@ -309,6 +324,8 @@ def _launch(
     num_groups = picks.shape[2]
     heads = num_heads // num_groups
     launch = entry_of_card(LAUNCH, compute_capability(q.device))
+    if not all(_is_aligned(x) for x in (k1, k2)):
+        launch = replace(launch, has_tma=False)
     constants = prefill_constants(launch, geometry, heads, dim, q.dtype)
     rows = constants["ROWS"]
     num_tiles = -(-num_rows // rows) * batch * num_groups
@@ -317,11 +334,24 @@ def _launch(
     segment_blocks = constants["SEGMENT"] * constants["KEYS"] // constants["PER_BLOCK"]
     floats = torch.empty(programs, rows * (capacity + 2 * segment_blocks + 2), dtype=torch.float32, device=q.device)
     ints = torch.empty(programs, rows * (capacity + 1), dtype=torch.int32, device=q.device)
+    operands = (_described(x, constants["KEYS"]) if launch.has_tma else x for x in (k1, k2))
     _block_topk_prefill_kernel[(programs,)](
-        q, k1, k2, picks, floats, ints, first_position, num_rows, num_groups, num_tiles, scale * LOG2_E,
+        q, *operands, picks, floats, ints, first_position, num_rows, num_groups, num_tiles, scale * LOG2_E,
         *q.stride()[:3], *k1.stride()[:3], *k2.stride()[:3], *picks.stride()[:3],
         **constants, num_warps=launch.num_warps, num_stages=launch.num_stages, maxnreg=launch.max_registers,
     )  # fmt: skip
+
+
+def _is_aligned(keys: Tensor) -> bool:
+    """Whether the copy engine can read a tensor: it starts and steps in multiples of 16 bytes."""
+    return all(at % 16 == 0 for at in (keys.data_ptr(), *(step * keys.element_size() for step in keys.stride()[:3])))
+
+
+def _described(keys: Tensor, num_keys: int) -> Any:
+    """Pooled keys [B, N, H, D] described for the copy engine, so many of a head at a time."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(keys.transpose(1, 2), [1, 1, num_keys, keys.shape[3]])
 
 
 def prefill_constants(
@@ -330,6 +360,7 @@ def prefill_constants(
     """The compile-time arguments of the kernel."""
     keys = max(launch.tile_keys, geometry.pooled_per_block)
     segment_blocks = launch.segment_tiles * keys // geometry.pooled_per_block
+    can_halve = not launch.has_tma and keys >= 16 * launch.high and geometry.pooled_per_block % launch.high == 0
     return {
         "ROWS": max(FINEST_DIM // heads, min(_MOST_ROWS, launch.tile_rows // heads), 1),
         "HEADS": heads,
@@ -340,7 +371,7 @@ def prefill_constants(
         "COARSE_SIZE": geometry.coarse_kernel_size,
         "COARSE_STRIDE": geometry.coarse_kernel_stride,
         "PER_BLOCK": geometry.pooled_per_block,
-        "HIGH": launch.high if geometry.pooled_per_block % launch.high == 0 else 1,
+        "HIGH": launch.high if can_halve else 1,
         "BLOCK": geometry.block_size,
         "INIT": geometry.init_blocks,
         "LOCAL": geometry.local_blocks,
@@ -350,6 +381,7 @@ def prefill_constants(
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "STAGES": launch.num_stages,
         "HAS_ASM": HAS_INLINE_ASM,
+        "HAS_TMA": launch.has_tma,
     }
 
 

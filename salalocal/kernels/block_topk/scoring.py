@@ -22,22 +22,22 @@ def _log2(x, HAS_ASM: tl.constexpr):
 def row_and_head(TILE: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr):
     """Which row and head of a KV head each of TILE queries is: in the order that `_by_head` takes apart.
 
-    A thread of a matrix unit holds two neighbours of every eight columns of a product; in this order they are heads of
-    few rows, so that a sum over heads stays in the thread.
+    A thread of a matrix unit holds two neighbours of every eight columns of a product, or of every sixteen where two
+    warps share them; in this order they are heads of few rows, so that a sum over heads stays in the thread.
     """
     PAIR: tl.constexpr = min(2, HEADS)
     QUAD: tl.constexpr = min(4, ROWS)
     place = tl.arange(0, TILE)
-    head = place // (PAIR * QUAD) % (HEADS // PAIR) * PAIR + place % PAIR
-    return place // PAIR % QUAD * (ROWS // QUAD) + place // (QUAD * HEADS), head
+    head = place // (PAIR * ROWS) * PAIR + place % PAIR
+    return place // PAIR % QUAD * (ROWS // QUAD) + place // (PAIR * QUAD) % (ROWS // QUAD), head
 
 
 @triton.jit
 def _by_head(z, KEYS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr):
-    """[KEYS, ROWS * HEADS] -> [KEYS, rows, heads, rows, heads], as the places of `row_and_head` are made up."""
+    """[KEYS, ROWS * HEADS] -> [KEYS, heads, rows, rows, heads], as the places of `row_and_head` are made up."""
     PAIR: tl.constexpr = min(2, HEADS)
     QUAD: tl.constexpr = min(4, ROWS)
-    return tl.reshape(z, [KEYS, ROWS // QUAD, HEADS // PAIR, QUAD, PAIR])
+    return tl.reshape(z, [KEYS, HEADS // PAIR, ROWS // QUAD, QUAD, PAIR])
 
 
 @triton.jit
@@ -53,8 +53,8 @@ def log_sum_over_heads(z, KEYS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.cons
     Shapes: [KEYS, ROWS * HEADS] -> [KEYS, ROWS].
     """
     z = _by_head(z, KEYS, ROWS, HEADS)
-    peak = tl.max(tl.max(z, 4), 2)
-    total = tl.sum(tl.sum(tl.exp2(z - peak[:, :, None, :, None]), 4), 2)
+    peak = tl.max(tl.max(z, 4), 1)
+    total = tl.sum(tl.sum(tl.exp2(z - peak[:, None, :, :, None]), 4), 1)
     score = _by_row(peak + _log2(total, HAS_ASM), KEYS, ROWS)
     return tl.where(score > LOWEST, score, LOWEST) + 0.0  # + 0.0: no negative zero
 
@@ -62,7 +62,7 @@ def log_sum_over_heads(z, KEYS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.cons
 @triton.jit
 def sum_over_heads(z, KEYS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr):
     """The sum of 2**z over the heads. [KEYS, ROWS * HEADS] -> [KEYS, ROWS]"""
-    return _by_row(tl.sum(tl.sum(tl.exp2(_by_head(z, KEYS, ROWS, HEADS)), 4), 2), KEYS, ROWS)
+    return _by_row(tl.sum(tl.sum(tl.exp2(_by_head(z, KEYS, ROWS, HEADS)), 4), 1), KEYS, ROWS)
 
 
 @triton.jit

@@ -6,7 +6,7 @@
     vocabulary            1 to 16 rows behind `gemv`: logits, the largest, the k largest, of an 8-bit output matrix
     route                 17 rows and more: unpack in registers up to `FUSED_ROWS`, into a scratch beyond
     activations_by_row    what `route` takes: int8 or fp8 with a scale a row; even before odd in each block of 128
-    gemm                  17 to 128 rows (int8 math: to 256 or 1,024): words unpacked in registers, int8 or bf16 math
+    gemm                  17 rows to 128, 512 or (int8) 1,024: words unpacked in registers, int8 or bf16 math
     scratch               more rows: words unfolded once into int8, or into bf16 or fp8 for the vendor's GEMM
     int8_gemm             more rows: the product with that int8 scratch, ending in a residual or in a gated activation
     gemm_launch           how `gemm` and `int8_gemm` are cut, by card, shape and rows

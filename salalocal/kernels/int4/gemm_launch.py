@@ -2,7 +2,7 @@
 
 Searched on an H100 alone, as benchmarks/tune.py does, which prints such tables; those for cards without wgmma on its
 mma.sync path (DISABLE_MMA_V3=1), within the 99 KiB of shared memory that RTX cards have, and not timed on such cards.
-No tuning happens at run time.
+No tuning happens at run time. Records: benchmarks/results/2026-11-23-h100-tune.json, -tune-mma-sync.json.
 """
 
 from dataclasses import dataclass
@@ -129,21 +129,30 @@ _BF16_WGMMA: RowTable = (
             small=GemmLaunch(64, 64, 128, 4, 4, programs=2),
         ),
     ),
-    (None, GemmLaunch(128, 128, 128, 8, 3, has_tma=True)),
-)
-_SCRATCH_MMA_SYNC: RowTable = ((None, GemmLaunch(128, 128, 128, 4, 3)),)
-_SCRATCH_WGMMA: RowTable = (
-    (2048, GemmLaunch(128, 128, 128, 4, 3, has_tma=True)),
+    (128, GemmLaunch(128, 128, 128, 8, 3, has_tma=True)),
     (
         None,
         PerShape(
-            wide=GemmLaunch(256, 128, 128, 8, 4, has_tma=True),
+            wide=GemmLaunch(256, 128, 128, 8, 3, has_tma=True),
+            deep=GemmLaunch(256, 128, 128, 8, 3, has_tma=True),
+            small=GemmLaunch(256, 64, 128, 4, 3, has_tma=True),
+        ),
+    ),
+)
+_SCRATCH_MMA_SYNC: RowTable = ((None, GemmLaunch(128, 128, 128, 4, 3)),)
+_SCRATCH_MMA_SYNC_TMA: RowTable = ((None, GemmLaunch(128, 128, 128, 4, 3, has_tma=True)),)
+_SCRATCH_WGMMA: RowTable = (
+    (4096, GemmLaunch(128, 128, 128, 4, 3, has_tma=True, programs=2, walks=True)),  # searched at 2,048 rows
+    (
+        None,
+        PerShape(
+            wide=GemmLaunch(256, 128, 128, 8, 4, has_tma=True, walks=True),
             deep=GemmLaunch(256, 128, 128, 8, 4, has_tma=True),
-            small=GemmLaunch(128, 128, 128, 4, 3, has_tma=True, span=16),
+            small=GemmLaunch(128, 128, 128, 4, 3, has_tma=True, programs=2, walks=True),
         ),
     ),
 )
 
 INT4_INT8_LAUNCH: LaunchTable = {80: _INT8_MMA_SYNC, 90: _INT8_WGMMA, 120: _INT8_MMA_SYNC}
 INT4_BF16_LAUNCH: LaunchTable = {80: _BF16_MMA_SYNC, 90: _BF16_WGMMA, 120: _BF16_MMA_SYNC}
-INT8_LAUNCH: LaunchTable = {80: _SCRATCH_MMA_SYNC, 90: _SCRATCH_WGMMA, 120: _SCRATCH_MMA_SYNC}
+INT8_LAUNCH: LaunchTable = {80: _SCRATCH_MMA_SYNC, 90: _SCRATCH_WGMMA, 120: _SCRATCH_MMA_SYNC_TMA}

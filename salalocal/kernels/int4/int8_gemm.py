@@ -174,11 +174,24 @@ def _store_tile(
             sums, row_tile, column_tile, x_scales, row_scales, y, num_rows, num_columns, y_stride, ROWS, COLUMNS,
             HAS_ASM,
         )  # fmt: skip
-    else:
-        row, column = row_tile * ROWS + tl.arange(0, ROWS), column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    elif EPILOGUE == "residual":  # by halves: sums and residual together are more than the registers hold
+        left, right = tl.split(tl.permute(tl.reshape(sums, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
+        row = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
+        column = column_tile * COLUMNS + tl.arange(0, COLUMNS // 2)[None, :]
         store_scaled(
-            sums, row[:, None], column[None, :], x_scales, row_scales, residual, factor, y, num_rows, num_columns,
-            residual_stride, y_stride, True, EPILOGUE == "residual",
+            left, row, column, x_scales, row_scales, residual, factor, y, num_rows, num_columns, residual_stride,
+            y_stride, True, True,
+        )  # fmt: skip
+        store_scaled(
+            right, row, column + COLUMNS // 2, x_scales, row_scales, residual, factor, y, num_rows, num_columns,
+            residual_stride, y_stride, True, True,
+        )  # fmt: skip
+    else:
+        row = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
+        column = column_tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        store_scaled(
+            sums, row, column, x_scales, row_scales, residual, factor, y, num_rows, num_columns, residual_stride,
+            y_stride, True, False,
         )  # fmt: skip
 
 

@@ -29,12 +29,12 @@ Math = Literal["bf16", "int8", "fp8"]
 Route = Literal["fused_int8", "scratch_int8", "fused_bf16", "scratch_bf16", "scratch_fp8"]
 
 # By the oldest compute capability they hold for: up to so many rows, unpacking in registers is ahead of the scratch.
-# From times on an H100 at 16, 64, 256 and 1,024 rows (90), and on its mma.sync path (DISABLE_MMA_V3=1) at 16, 64 and
-# 512 (80, 120); a limit of 128 or 256 lies between two of those. The bf16 and fp8 scratch were not timed on the
-# mma.sync path: their limits there are those of 90. Math of fp8 starts as bf16.
+# From times on an H100 at 16, 64, 256, 512 and 1,024 rows (90), and on its mma.sync path (DISABLE_MMA_V3=1) at 16, 64
+# and 512 (80, 120); a limit of 128 or 256 lies between two of those. The bf16 and fp8 scratch were not timed on the
+# mma.sync path: their limits there are guesses. Math of fp8 starts as bf16.
 FUSED_ROWS: dict[int, dict[Math, int]] = {
     80: {"int8": 256, "bf16": 128, "fp8": 128},
-    90: {"int8": 1024, "bf16": 128, "fp8": 128},
+    90: {"int8": 1024, "bf16": 512, "fp8": 256},
     120: {"int8": 256, "bf16": 128, "fp8": 128},
 }
 _OLDEST_FP8 = 89

@@ -20,21 +20,26 @@ POINTERS = {"q_ptr": "*bf16", "k1_ptr": "*bf16", "k2_ptr": "*bf16", "picks_ptr":
 LISTS = {"floats_ptr": "*fp32", "ints_ptr": "*i32"}
 SIZES = {"first_position": "i32", "num_rows": "i32", "num_groups": "i32", "num_tiles": "i32", "log2_scale": "fp32"}
 STRIDES = [f"stride_{axis}" for axis in ("qb", "qt", "qh", "k1b", "k1n", "k1h", "k2b", "k2n", "k2h", "pb", "pt", "pg")]
-CASES = [
-    CompileCase(
+
+
+def prefill_case(launch: prefill.PrefillLaunch, architecture: int) -> CompileCase:
+    """The kernel of many rows."""
+    keys = dict.fromkeys(("k1_ptr", "k2_ptr"), f"tensordesc<bf16[1, 1, {launch.tile_keys}, 128]>")
+    return CompileCase(
         f"prefill sm_{architecture}",
         _block_topk_prefill_kernel,
-        {**POINTERS, **LISTS, **SIZES, **dict.fromkeys(STRIDES, "i32")},
-        prefill_constants(entry_of_card(prefill.LAUNCH, architecture), RELEASED, 16, 128, torch.bfloat16),
-        num_warps=entry_of_card(prefill.LAUNCH, architecture).num_warps,
-        num_stages=entry_of_card(prefill.LAUNCH, architecture).num_stages,
-        divisible=(*POINTERS, *LISTS, *STRIDES),
+        {**POINTERS, **(keys if launch.has_tma else {}), **LISTS, **SIZES, **dict.fromkeys(STRIDES, "i32")},
+        prefill_constants(launch, RELEASED, 16, 128, torch.bfloat16),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        divisible=tuple(name for name in (*POINTERS, *LISTS, *STRIDES) if not launch.has_tma or name not in keys),
         architectures=(architecture,),
-        max_registers=entry_of_card(prefill.LAUNCH, architecture).max_registers,
+        max_registers=launch.max_registers,
         max_spill_bytes=KNOWN_SPILL_BYTES,
     )
-    for architecture in ARCHITECTURES
-]
+
+
+CASES = [prefill_case(entry_of_card(prefill.LAUNCH, architecture), architecture) for architecture in ARCHITECTURES]
 
 
 def decode_cases(architecture: int, num_rows: int) -> list[CompileCase]:

@@ -8,8 +8,16 @@ from salalocal.kernels.gated_norm import NUM_WARPS, _gated_norm_kernel
 from salalocal.kernels.lightning_prefill import LAUNCHES, LOG2_E, PrefillLaunch, _prefill_kernel
 from salalocal.kernels.qk_norm_rope import _norm_rope_kernel
 
-HEADS = {"NUM_HEADS": 32, "KEY_DIM": 128, "VALUE_DIM": 128, "EPS": 1e-6, "FAST": True, "LOG2_E": LOG2_E}
-NARROW = ("q_ptr", "k_ptr", "v_ptr", "o_ptr", "turned_ptr", "y_ptr", "gate_ptr", "x_ptr")
+HEADS = {
+    "NUM_HEADS": 32,
+    "PADDED_HEADS": 32,
+    "KEY_DIM": 128,
+    "VALUE_DIM": 128,
+    "EPS": 1e-6,
+    "FAST": True,
+    "LOG2_E": LOG2_E,
+}
+NARROW = ("q_ptr", "k_ptr", "v_ptr", "o_ptr", "turned_q_ptr", "turned_k_ptr", "y_ptr", "gate_ptr", "x_ptr")
 NARROW += ("q_weight_ptr", "k_weight_ptr", "weight_ptr")
 WIDE = ("state_ptr", "new_state_ptr", "states_ptr", "slopes_ptr", "frequencies_ptr")
 STRIDES = tuple(f"{name}_stride_{axis}" for name in "qkvo" for axis in "bth")
@@ -45,7 +53,8 @@ def prefill_case(launch: PrefillLaunch, is_raw: bool, cards: tuple[int, ...]) ->
         "TURN": is_raw,
     }
     if not is_raw:
-        absent = ("state_ptr", "turned_ptr", "q_weight_ptr", "k_weight_ptr", "positions_ptr", "frequencies_ptr")
+        absent = ("state_ptr", "turned_q_ptr", "turned_k_ptr", "q_weight_ptr", "k_weight_ptr")
+        absent += ("positions_ptr", "frequencies_ptr")
         constants |= dict.fromkeys(absent)
     stages = f"{launch.sum_stages}+{launch.output_stages}s"
     name = f"prefill {launch.segment}/{launch.chunk}x{launch.values} {launch.num_warps}w {stages}"

@@ -9,12 +9,12 @@ from salalocal.kernels.gate import BLOCK_CHANNELS, _sigmoid_gate_kernel
 from salalocal.kernels.int4.activations_by_row import _gate_quantize_kernel, _num_warps
 from salalocal.kernels.norm import _rms_norm_kernel
 from salalocal.kernels.rows import num_warps_for
-from salalocal.kernels.sampling import _COLDEST, BLOCK_ENTRIES, _draw_kernel, _greedy_kernel
+from salalocal.kernels.sampling import _COLDEST, BLOCK_ENTRIES, _cut_kernel, _draw_kernel, _greedy_kernel
 from salalocal.kernels.swiglu import _swiglu_kernel
 
 NARROW = dict.fromkeys(("x_ptr", "gate_ptr", "up_ptr", "weight_ptr", "table_ptr", "y_ptr"), "*bf16")
-WIDE = dict.fromkeys(("sums_ptr", "temperature_ptr", "min_p_ptr", "uniforms_ptr"), "*fp64")
-WIDE |= {"best_ptr": "*i64", "step_ptr": "*i64"}
+WIDE = dict.fromkeys(("sums_ptr", "temperature_ptr", "min_p_ptr", "top_p_ptr", "uniforms_ptr"), "*fp64")
+WIDE |= {"ranked_ptr": "*fp32"} | dict.fromkeys(("best_ptr", "step_ptr", "cuts_ptr", "top_k_ptr"), "*i64")
 WIDE |= {"ids_ptr": "*i64", "logits_ptr": "*fp32", "keys_ptr": "*i64", "tokens_ptr": "*i64"}
 STRIDES = dict.fromkeys(("x_stride", "gate_stride", "up_stride", "table_stride", "row_stride"), "i32")
 SIZES = dict.fromkeys(("num_rows", "num_channels", "num_entries", "num_uniforms"), "i32")
@@ -42,7 +42,8 @@ CASES = [
     case("gate", _sigmoid_gate_kernel, num_warps_for(BLOCK_CHANNELS), BLOCK=BLOCK_CHANNELS, FAST=True),
     case("swiglu", _swiglu_kernel, num_warps_for(BLOCK_CHANNELS), BLOCK=BLOCK_CHANNELS, FAST=True),
     case("embedding", _embed_kernel, NUM_WARPS, BLOCK=1024),
-    case("draw", _draw_kernel, 4, BLOCK=BLOCK_ENTRIES, SLICES=128, COLDEST=_COLDEST),
+    case("draw", _draw_kernel, 4, BLOCK=BLOCK_ENTRIES, SLICES=128, COLDEST=_COLDEST, HAS_CUT=True),
+    case("cut", _cut_kernel, 4, BLOCK=BLOCK_ENTRIES, SLICES=128, COLDEST=_COLDEST),
     case("greedy", _greedy_kernel, 4, BLOCK=BLOCK_ENTRIES, SLICES=128),
     gate_quantize_case(has_norm=False),
     gate_quantize_case(has_norm=True),

@@ -35,9 +35,10 @@ def test_settings_are_picked_by_the_shape_of_the_weights() -> None:
 @pytest.mark.parametrize("table", [INT4_INT8_LAUNCH, INT4_BF16_LAUNCH, INT8_LAUNCH], ids=["int8", "bf16", "scratch"])
 def test_every_table_ends_with_any_number_of_rows_and_names_the_cards_without_wgmma(table: LaunchTable) -> None:
     assert {80, 90, 120} <= table.keys()
-    assert table[80] == table[120]  # tests/kernels/configurations compiles them for sm_120 alone
+    # tests/kernels/configurations compiles those of the int4 GEMM for sm_120 alone; only that card has a copy engine.
+    assert table is INT8_LAUNCH or table[80] == table[120]
     for capability, rows in table.items():
         bounds = [most for most, _ in rows]
         assert bounds[-1] is None and bounds[:-1] == sorted(most for most in bounds if most is not None)
-        if capability != 90:
+        if capability < 90 or table is not INT8_LAUNCH and capability == 120:
             assert not any(pick_launch(table, capability, m, *WIDE).has_tma for m in (1, 64, 256, 9_999))

@@ -1,0 +1,50 @@
+"""Answers with guesses: the tokens are those of an answer without, and the state what it would be."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from fused_cases import packed_model, random_ids, relative_error
+from salalocal.engine.fused.decoder import Decoder
+from salalocal.engine.fused.model import FusedModel
+from salalocal.engine.prompt_lookup import PromptLookup
+from salalocal.engine.sampling import Sampler
+from salalocal.engine.sampling_params import SamplingParams
+
+
+class Oracle(PromptLookup):
+    """Guesses from a text that is known: some right, then a wrong one."""
+
+    def __init__(self, answer: Sequence[int], num_right: int) -> None:
+        super().__init__([])
+        self._answer_ids, self._num_right, self._place = list(answer), num_right, 0
+
+    def push(self, token: int) -> None:
+        self._place += 1
+
+    def guess(self, count: int) -> list[int]:
+        right = self._answer_ids[self._place : self._place + self._num_right]
+        return [*right, 1][:count]
+
+
+@pytest.mark.parametrize("num_right", [0, 2])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_tokens_are_those_without_guesses(seed: int, num_right: int, temperature: float) -> None:
+    model = FusedModel(packed_model("bf16"))
+    state = model.model.new_state(1, 160)
+    with torch.inference_mode():
+        model(torch.tensor([random_ids(seed, 40)]), state)
+    guessing, params = state.fork(), SamplingParams(max_tokens=8, temperature=temperature, seed=seed)
+    plain, tokens = Decoder(model, state, Sampler(params), 8), [7]
+    for _ in range(5):
+        tokens.append(plain.next_token(tokens[-1]))
+    decoder = Decoder(model, guessing, Sampler(params), 8, Oracle(tokens, num_right))
+    assert [decoder.next_token(token) for token in tokens[:5]] == tokens[1:]
+    assert decoder.stats.num_right >= (0 if num_right == 0 else 2)
+    assert guessing.num_tokens == state.num_tokens
+    state.settle()
+    guessing.settle()
+    for layer, expected in zip(guessing.layers, state.layers, strict=True):
+        for name, tensor in layer.tensors().items():
+            assert tensor.numel() == 0 or relative_error(tensor, expected.tensors()[name]) < 2e-2, name
