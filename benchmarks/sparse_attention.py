@@ -37,28 +37,15 @@ GEOMETRY = BlockGeometry(kernel_size=32, kernel_stride=16, block_size=64, init_b
 CHOICES = [
     choice.PrefillLaunch(*setting)
     for setting in [
-        (128, 128, 8, 8, 2, 2, 1, True, 128), (128, 128, 4, 8, 2, 2, 1, True, 128), (128, 64, 16, 4, 3, 2, 1, True, 255),
-        (128, 64, 16, 4, 2, 3, 1, True, 168), (128, 128, 8, 4, 2, 2, 1, True, 255), (64, 64, 16, 4, 3, 4, 1, True, 128),
-        (128, 128, 8, 8, 2, 2, 1, False, 128), (128, 128, 8, 4, 2, 2, 2, False, 255),
-        (128, 64, 16, 4, 2, 3, 1, False, 168), (64, 128, 8, 4, 2, 3, 2, False, 168),
-    ]
-]  # fmt: skip
-ATTENTIONS = [attention.PrefillLaunch(*setting) for setting in [(4, 4, 3), (4, 4, 2), (4, 4, 4), (8, 8, 3), (8, 8, 2)]]
-DECODE_CHOICES = [
-    choice_decode.DecodeLaunch(*setting)
-    for setting in [
-        (64, 1, 4, 3),
-        (64, 2, 4, 3),
-        (128, 1, 4, 2),
-        (128, 2, 4, 2),
-        (32, 2, 4, 3),
-        (32, 4, 2, 3),
-        (64, 2, 2, 3),
+        (128, 128, 4, 8, 2, 256, 2, 1, True, 128),
+        (128, 128, 2, 8, 2, 256, 2, 1, True, 128),
+        (128, 128, 4, 8, 3, 256, 1, 1, True, 255),
+        (128, 64, 8, 4, 2, 256, 3, 1, True, 168),
     ]
 ]
-DECODE_ATTENTIONS = [
-    attention_decode.DecodeLaunch(*setting) for setting in [(96, 4), (48, 4), (96, 8), (32, 4), (48, 8)]
-]
+ATTENTIONS = [attention.PrefillLaunch(*setting) for setting in [(4, 4, 3), (8, 8, 2, 128), (4, 4, 2), (8, 4, 2, 255)]]
+DECODE_CHOICES = [choice_decode.DecodeLaunch(*setting) for setting in [(128, 2, 4, 2), (128, 1, 8, 2), (128, 2, 8, 2)]]
+DECODE_ATTENTIONS = [attention_decode.DecodeLaunch(*setting) for setting in [(256, 96, 8), (96, 96, 8), (512, 96, 4)]]
 
 
 @dataclasses.dataclass
@@ -163,9 +150,15 @@ def search(layer: Layer, picks: torch.Tensor, timer: ColdTimer, deadline: float)
     def attend_one() -> torch.Tensor:
         return attention_decode.block_attention_decode(q, layer.cached, last, position, GEOMETRY.block_size, SCALE)
 
+    codes = layer.in_8_bits()
+
+    def attend_codes() -> torch.Tensor:
+        return attention.block_attention_triton(layer.q, codes, picks, layer.first, GEOMETRY.block_size, SCALE)
+
     for name, room, launches, call in (
         ("choice", choice, CHOICES, layer.choose),
         ("attention", attention, ATTENTIONS, lambda: layer.attend(picks)),
+        ("attention of int8", attention, ATTENTIONS[:2], attend_codes),
         ("decode choice", choice_decode, DECODE_CHOICES, choose_one),
         ("decode attention", attention_decode, DECODE_ATTENTIONS, attend_one),
     ):
@@ -312,7 +305,7 @@ def measure(
     """Prefill of one layer at one length: checks, then times, memory and peers."""
     layer = draw(num_tokens, min(arguments.queries, num_tokens // 2), is_alike, arguments.seed)
     row: dict[str, object] = {"num_tokens": num_tokens, "alike": is_alike, **check(layer)}
-    if arguments.search and num_tokens == max(arguments.tokens):
+    if arguments.search and is_alike and num_tokens == max(arguments.tokens):
         row["search"] = search(layer, layer.choose(), timer, deadline)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

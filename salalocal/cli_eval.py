@@ -92,7 +92,7 @@ class GridFlags:
 def _eval(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         sys.stderr.write(context.get_help() + "\n\n")
-        raise RequestError("no evaluation given", "salalocal eval divergence --model MODEL --against COPY")
+        raise RequestError("no evaluation given", "salalocal eval needle --model MODEL")
 
 
 @evaluations.command()

@@ -9,6 +9,10 @@ import torch
 
 from salalocal.errors import BackendError, RequestError
 
+if sys.platform == "linux":
+    # Segments that grow: chunks of other sizes than before find room in what is free already. Read when CUDA starts.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 _NEVER = 2**60  # cgroup files use huge numbers for "no limit"
 _CGROUPS = (  # versions 2 and 1: folder, file of the limit, file of the use, prefix of the names in memory.stat
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", ""),
@@ -48,7 +52,8 @@ def device_memory(device: torch.device) -> DeviceMemory:
     """Total and free bytes of a device at this moment."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))  # all, unless the process is capped
+        index = torch.cuda.current_device() if device.index is None else device.index
+        allowed = int(total * torch.cuda.get_per_process_memory_fraction(index))  # all, unless the process is capped
         return DeviceMemory(allowed, max(0, min(free, allowed - torch.cuda.memory_reserved(device))))
     if sys.platform == "win32":
         return _windows_memory()

@@ -186,7 +186,9 @@ class FakeHub:
         body = data[start:]
         headers = {"ETag": tag, "Accept-Ranges": "bytes", "Content-Length": str(len(body))}
         if status == 206:
-            headers["Content-Range"] = fault.content_range or f"bytes {start}-{len(data) - 1}/{len(data)}"
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            if fault.content_range is not None:
+                headers["Content-Range"] = fault.content_range
         body = fault.body(body) if fault.body is not None else body
         self._head(handler, request, status, {**headers, **fault.headers})
         self._pour(handler, body, fault)

@@ -116,6 +116,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["eval", "divergence", "--against", "builtin", "-f", "missing.txt"], 4, "missing.txt"),
         (["quantize", "--calibration", "missing.txt"], 4, "missing.txt"),
         (["ask", "what?", "--device", "cuda:99"], 6, "cuda"),
+        (["ask", "what?", "--math", "int4"], 2, "error: --math is 'int4', not one of bf16, int8, fp8"),
+        (["ask", "what?", "--kv-cache", "fp8"], 2, "error: --kv-cache is 'fp8', not one of fp32, int8"),
     ],
 )
 def test_errors_have_a_code_and_two_lines(
@@ -159,6 +161,12 @@ def test_ask_puts_the_answer_alone_on_stdout(folder: Path, capsysbinary: pytest.
     assert "\x1b" not in narration
     assert ask(folder, "-q", "-f", str(folder / "docs"), "what?") == 0
     assert capsysbinary.readouterr() == (captured.out, b"")
+
+
+def test_the_built_in_model_answers_with_a_cache_in_8_bits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["ask", "-f", str(folder / "docs"), "What is the value of MAX_RETRIES in config.py?", "--device", "cpu"]
+    assert run(app, [*arguments, "--model", "builtin", "--kv-cache", "int8"]) == 0
+    assert capsys.readouterr().out == "MAX_RETRIES = 5\n"
 
 
 def test_ask_as_json_is_one_document(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,13 +82,13 @@ def test_errors_have_a_code_and_two_lines(
 
 def needle(folder: Path, *more: str) -> list[str]:
     model = ["--model", str(folder / "model"), "--max-tokens", "4", "-f", str(folder / "docs")]
-    return ["eval", "needle", *model, "--ctx", "1k", "--depths", "2", "--samples", "1", *more]
+    return ["eval", "needle", *model, "--ctx", "512", "--depths", "2", "--samples", "1", *more]
 
 
 def test_needle_shows_a_table_and_draws_a_map(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(app, needle(folder, "--plot", str(folder / "map.svg"))) == 0
     captured = capsys.readouterr()
-    assert captured.out.splitlines()[:3] == ["depth   1k", "0 %      0", "100 %    0"]
+    assert captured.out.splitlines()[:3] == ["depth  512", "0 %      0", "100 %    0"]
     assert "haystack: 2 files" in captured.err and "measured in" in captured.err
     assert (folder / "map.svg").read_text().startswith("<svg")
     assert run(app, needle(folder, "--json", "--quiet", "--at-least", "0.5")) == 7
@@ -111,13 +111,17 @@ def test_an_interrupt_says_that_the_run_goes_on(
     assert capsys.readouterr().err.endswith("stopped; the same command goes on from here\n")
 
 
-def test_the_other_evaluations_end_in_one_json_document(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_other_evaluations_end_in_one_json_document(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("salalocal.evals.mrcr.MIN_LENGTH", 512)
+    monkeypatch.setattr("salalocal.evals.ruler.MIN_LENGTH", 512)  # the tiny model reads a row at a time
     model = ["--model", str(folder / "model"), "--json"]
     files = ["-f", str(folder / "docs")]
     few = ["--max-tokens", "4", "--samples", "1"]
     for arguments, axis in (
-        (["ruler", "--ctx", "4k", "--tasks", "single,files", *few, *files], "by_task"),
-        (["mrcr", "--ctx", "2k", "--needles", "2", *few], "by_needles"),
+        (["ruler", "--ctx", "600", "--tasks", "single,files", *few, *files], "by_task"),
+        (["mrcr", "--ctx", "1200", "--needles", "2", *few], "by_needles"),
         (["recall", "--questions", "1", "--max-tokens", "4", *files], "by_kind"),
         (["ppl", "--ctx", "64", "--tokens", "100", *files], "by_position"),
     ):

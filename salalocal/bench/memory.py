@@ -13,7 +13,7 @@ _FORGET_PEAK = "5"
 def forget_peak(device: torch.device) -> bool:
     """Count the peak from now on; False if this system cannot, and the peak so far goes on to count."""
     if device.type == "cuda":
-        torch.cuda.init()  # statistics of a card that nobody has used yet are an error
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # an unused card has no statistics
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return True

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 from math import prod
-from typing import get_args
 
 import torch
 
-from salalocal.bench.random_weights import random_engine, random_layout
+from salalocal.bench.random_weights import random_dtype, random_engine, random_layout
 from salalocal.bench.subject import EngineSubject, SubjectFacts
 from salalocal.bench.work import SalaCost
 from salalocal.checkpoint.checkpoint import Checkpoint
@@ -16,7 +15,6 @@ from salalocal.device import device_memory
 from salalocal.engine.budget import (
     CUDA_DRIVER_BYTES,
     CacheFormat,
-    Math,
     PlanOptions,
     StoredWeights,
     WeightFormat,
@@ -31,10 +29,10 @@ from salalocal.model.config import SalaConfig
 from salalocal.quant import weight_layout
 from salalocal.quant.int4 import IntScheme
 from salalocal.quant.layout import WeightLayout
-from salalocal.quant.linear import DEFAULT_MATH, KernelLinear
+from salalocal.quant.linear import KernelLinear
 from salalocal.session.memory import naming_memory_errors
 from salalocal.session.plan import RELEASED_MODEL, short_tokens
-from salalocal.session.runtime import LoadOptions, open_runtime
+from salalocal.session.runtime import DTYPES, LoadOptions, cache_named, math_named, open_runtime
 from salalocal.session.start import Tell, model_choice
 from salalocal.session.usual_model import with_usual_model
 from salalocal.settings import DEFAULT_ORIGIN, Settings
@@ -85,14 +83,22 @@ def open_subject(folder: ModelFolder | None, settings: Settings, device: torch.d
 
 
 def _random_subject(settings: Settings, device: torch.device, capacity: int) -> EngineSubject:
+    is_cuda = device.type == "cuda"
+    if settings.dtype is not None and DTYPES.get(settings.dtype) is not random_dtype(device):
+        raise RequestError(
+            f"--dtype {settings.dtype[:40]!r}: random weights compute in {_dtype_name(random_dtype(device))} here",
+            "leave it out, or name a model that is on this machine",
+        )
+    cache = CacheFormat.BF16 if is_cuda else CacheFormat.FP32
+    if settings.kv_cache is not None:
+        cache = cache_named(settings.kv_cache, cache)
     config = SalaConfig.released()
     layout = random_layout(config, device)
-    is_cuda = device.type == "cuda"
     options = PlanOptions(
         WeightFormat.INT4,
-        _cache_format(settings.kv_cache, is_cuda),
+        cache,
         is_cuda=is_cuda,
-        math=_math(settings.math),
+        math=math_named(settings.math),
         stored=StoredWeights(WeightFormat.INT4, sum(tensor_bytes(layout, torch.bfloat16).values())),
     )
     free = device_memory(device).free_bytes + (CUDA_DRIVER_BYTES if is_cuda else 0)  # the context is there already
@@ -109,22 +115,6 @@ def _random_subject(settings: Settings, device: torch.device, capacity: int) -> 
         engine_config = EngineConfig(options.chunk_size, options.cache is CacheFormat.INT8)
         engine = random_engine(config, layout, device, placement, engine_config)
     return _subject(engine, layout, "random", "released shape, 9.5 B parameters, random int4 weights", needed)
-
-
-def _math(name: str | None) -> Math:
-    known: tuple[Math, ...] = get_args(Math)
-    found = [word for word in known if name in (word, None) and (name or word == DEFAULT_MATH)]
-    if not found:
-        raise RequestError(f"--math is {str(name)[:40]!r}, not one of {', '.join(known)}", "for example: --math int8")
-    return found[0]
-
-
-def _cache_format(name: str | None, is_cuda: bool) -> CacheFormat:
-    """What random weights are read with: as exact as they compute, unless 8 bits are asked for."""
-    usual = CacheFormat.BF16 if is_cuda else CacheFormat.FP32
-    if name not in (None, usual.value, CacheFormat.INT8.value):
-        raise RequestError(f"--kv-cache is {name[:40]!r}, not one of {usual.value}, int8", "leave it out")
-    return CacheFormat.INT8 if name == CacheFormat.INT8.value else usual
 
 
 def _subject(

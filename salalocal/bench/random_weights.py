@@ -69,11 +69,16 @@ def random_layout(config: SalaConfig, device: torch.device) -> WeightLayout:
     return WeightLayout(dense, matrices, weight_format)
 
 
+def random_dtype(device: torch.device) -> torch.dtype:
+    """What a model with random weights computes in."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def random_engine(
     config: SalaConfig, layout: WeightLayout, device: torch.device, placement: Placement, engine_config: EngineConfig
 ) -> Engine:
-    """A model of this shape on the device, in bf16 on a card and in float32 on a CPU, placed as `load_model` does."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    """A model of this shape on the device, placed as `load_model` does."""
+    dtype = random_dtype(device)
     torch.manual_seed(0)
     factory = QuantizedLinearFactory(layout, device, dtype, placement.math)
     model = SalaModel(config, factory, device="meta", dtype=dtype)

@@ -4,7 +4,6 @@ A subject waits for its device before it returns, so that wall time is what a ca
 does not depend on them.
 """
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -148,6 +147,4 @@ class EngineSubject:
                 next(tokens)
             wait_for(self.device)
             runs_s.append(time.perf_counter() - started_s)
-        del tokens, state
-        gc.collect()  # a fork that is still alive, be it in a circle of references, makes the next append copy its rows
         return Drawn(first_s, setup_s, tuple(runs_s))

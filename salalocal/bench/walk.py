@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+import torch
+
 from salalocal.bench.memory import peak_bytes
 from salalocal.bench.subject import Drawn, Subject, SubjectFacts
 from salalocal.bench.work import Cost
@@ -117,6 +119,8 @@ def walk(
     except MemoryBudgetError as error:
         result.failures += [Failure(depth, error.message) for depth in depths]
         return
+    if subject.device.type == "cuda":
+        torch.cuda.empty_cache()  # pieces of the state that warmed up would stand in the way of the real one
     lost = _begin(subject, depths, plan.drawn_tokens)
     position, read_s = 0, 0.0
     for number, depth in enumerate(depths):

@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 from salalocal.checkpoint.names import CONFIG_FILE
 from salalocal.checkpoint.strict_json import one_line
-from salalocal.durable import replace_file, sync_folder
+from salalocal.durable import TEMPORARY, remove_strays, replace_file, sync_folder
 from salalocal.errors import BusyError, CheckpointError, HubError
 
 DEFAULT_REVISION = "main"
@@ -157,12 +157,23 @@ class CachedRepository:
             _make_folder(folder)
         _make_folder(self.snapshot(commit))
 
+    def remove_beginnings(self) -> None:
+        """Take away what is not whole, such as files of an older commit, once a pull has ended. Raises: OSError."""
+        for ending in (_PARTIAL, _VALIDATOR):
+            for path in (self.folder / "blobs").glob(f"*{ending}"):
+                path.unlink(missing_ok=True)
+
+    def remove_strays(self, commit: str) -> None:
+        """Take away what a killed pull left; only while no other one is at work. Raises: OSError."""
+        for folder in (self.folder / "blobs", self.folder / "refs", self.snapshot(commit)):
+            remove_strays(folder)
+
     def link(self, commit: str, name: str, digest: str) -> None:
         """Let a name of a commit lead to a blob; where there can be no links, the blob takes it. Raises: OSError."""
         place, blob = self.file(commit, name), self.blob(digest)
         if place.is_symlink() and blob.exists() and place.resolve() == blob.resolve():
             return
-        beside = place.with_name(f".linking-{secrets.token_hex(8)}")
+        beside = place.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
         try:
             beside.symlink_to(Path("..", "..", "blobs", digest))
         except OSError as error:

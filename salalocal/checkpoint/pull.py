@@ -129,11 +129,13 @@ def run_pull(plan: PullPlan, client: HubClient, on_progress: Callable[[PullProgr
     with _naming_write_errors(plan):
         repository.prepare(commit)
         with only_one(repository.folder, "pulls it"):
+            repository.remove_strays(commit)
             _Crew(plan, client).run(on_progress)
             ordered = sorted(plan.listing.files, key=lambda file: (file.name == CONFIG_FILE, is_config_name(file.name)))
             for file in ordered:
                 repository.link(commit, file.name, file.digest)
             repository.set_ref(plan.revision, commit)
+            repository.remove_beginnings()
 
 
 def check_pulled(hub_id: str, revision: str, on_progress: Callable[[PullProgress], None]) -> Listing:
@@ -250,9 +252,9 @@ class _Crew:
         self._states[number] = FileProgress(self._states[number].name, phase, num_bytes, total, note)
 
     def _progress(self, meters: "_Meters") -> PullProgress:
-        rates = meters.rates(self._fetched_bytes)
+        *rates, rate = meters.rates(self._fetched_bytes)
         files = tuple(replace(state, bytes_per_s=rate) for state, rate in zip(self._states, rates, strict=True))
-        left, rate = sum(file.total_bytes - file.num_bytes for file in files), sum(rates)
+        left = sum(file.total_bytes - file.num_bytes for file in files)
         is_early = meters.elapsed_s < _RATE_AFTER_S  # a rate over less says nothing
         return PullProgress(files, rate, None if is_early or not rate else left / rate, meters.elapsed_s)
 
@@ -262,7 +264,7 @@ class _Meters:
 
     def __init__(self, num_files: int) -> None:
         self._started_s = time.monotonic()
-        self._marks: deque[tuple[float, list[int]]] = deque([(self._started_s, [0] * num_files)])
+        self._marks: deque[tuple[float, list[int]]] = deque([(self._started_s, [0] * (num_files + 1))])
 
     @property
     def elapsed_s(self) -> float:
@@ -270,14 +272,17 @@ class _Meters:
         return time.monotonic() - self._started_s
 
     def rates(self, num_bytes: list[int]) -> list[float]:
-        """Note a count for each, and give the rates."""
+        """Note a count for each, and give the rates, each since it began; the last one is that of all together."""
         now_s = time.monotonic()
-        self._marks.append((now_s, list(num_bytes)))
+        self._marks.append((now_s, [*num_bytes, sum(num_bytes)]))
         while now_s - self._marks[0][0] > _RATE_OVER_S:
             self._marks.popleft()
-        since_s, since_bytes = self._marks[0]
-        passed_s = max(now_s - since_s, 1e-9)
-        return [max(0, count - before) / passed_s for count, before in zip(num_bytes, since_bytes, strict=True)]
+        return [self._rate(number, now_s) for number in range(len(num_bytes) + 1)]
+
+    def _rate(self, number: int, now_s: float) -> float:
+        began = next((mark for mark in self._marks if mark[1][number]), self._marks[-1])
+        passed_s = now_s - began[0]
+        return max(0, self._marks[-1][1][number] - began[1][number]) / passed_s if passed_s > 0 else 0.0
 
 
 def _here_bytes(repository: CachedRepository, commit: str, file: RemoteFile) -> int:

@@ -23,7 +23,8 @@ MAX_CONTEXT_TOKENS = 2**31
 # What the attention kernels hold at once, whatever the context: unmerged outputs of picked blocks, and tiles of scores.
 _MAX_PARTIAL_VALUES = 2**23
 _TILE_BYTES = 32 * 2**20
-_LIGHTNING_CHUNK = 128  # tokens between the states that a prefill leaves
+_LIGHTNING_SEGMENT = 512  # tokens between the states that a prefill leaves
+_FUSED_ROWS = 1024  # most rows whose products do not go by a scratch
 _MAX_SCRATCH_BYTES = 256 * 2**20  # see `kernels.int4.route`
 _GEMM_SCRATCH_BYTES = 32 * 2**20  # partial sums of products of few and of some rows
 
@@ -324,9 +325,9 @@ def _fused_work_bytes(config: SalaConfig, rows: int, options: PlanOptions) -> in
     hidden, inner = config.hidden_size, config.intermediate_size
     lightning, sparse = config.lightning, config.sparse
     width = lightning.num_heads * lightning.head_dim
-    # q, k, v, gate, turned keys, outputs, what o_proj takes; a state for every 128 tokens, and the new one.
-    states = (2 * -(-rows // _LIGHTNING_CHUNK) + 4) * lightning.num_heads * lightning.head_dim**2
-    mixers = [rows * width * (2 * 6 + item) + states]
+    # q, k, v and gate, q and k turned, outputs, what o_proj takes; a state for every segment, and the new one.
+    states = 4 * (1 + -(-rows // _LIGHTNING_SEGMENT)) * lightning.num_heads * lightning.head_dim**2
+    mixers = [rows * width * (2 * 7 + item) + states]
     sparse_width = sparse.num_attention_heads * sparse.head_dim
     kv_width = sparse.num_key_value_heads * sparse.head_dim
     num_picks = sparse.topk + sparse.window_size // sparse.block_size
@@ -335,9 +336,10 @@ def _fused_work_bytes(config: SalaConfig, rows: int, options: PlanOptions) -> in
         + 8 * rows * num_picks * sparse.num_key_value_heads
         + _TILE_BYTES
     )
-    mlp = rows * inner * (4 + item)
-    # The residual stream, and the last hidden states of this chunk and of the one before.
-    stream = 3 * 2 * rows * hidden
+    # gate and up, or what became of them where the product itself joins them, and what down_proj takes.
+    mlp = inner * (rows * (4 + item) if options.math != "int8" else max(3 * rows, 5 * min(rows, _FUSED_ROWS)))
+    # The residual stream, and the last hidden states of the chunk before.
+    stream = 2 * 2 * rows * hidden
     largest = max(hidden * inner, _largest_packed(config))
     scratch = min(largest * (2 if options.math == "bf16" else 1), _MAX_SCRATCH_BYTES) + _GEMM_SCRATCH_BYTES
     return stream + max(mlp, *mixers) + scratch

@@ -15,7 +15,6 @@ from salalocal.checkpoint.folder import ModelFolder, read_headers
 from salalocal.checkpoint.hub import find_model
 from salalocal.checkpoint.names import CONFIG_FILE
 from salalocal.engine.sampling_params import SamplingParams
-from salalocal.errors import ContextError
 from salalocal.evals.scoring import Mark
 from salalocal.evals.study import OnTokens, Record, Task
 from salalocal.prompt.template import Conversation
@@ -127,7 +126,7 @@ class Asker:
     def ask(self, conversation: Conversation, on_tokens: OnTokens = lambda num_tokens: None) -> Answer:
         """Read a conversation as far as it is new and answer its open question.
 
-        Raises: ContextError, MemoryBudgetError, NumericError, RequestError.
+        Raises: MemoryBudgetError, NumericError, RequestError, CheckpointError for a template that cannot be used.
         """
         runtime = self._runtime
         segments = runtime.codec.template.render(conversation)
@@ -136,7 +135,7 @@ class Asker:
         self._store.keep_prefixes_of(prompt.tokens)
         read = self._read(prompt, on_tokens)
         if read.logits is None:
-            raise ContextError("the prompt is empty")
+            raise ValueError("a read that nobody can cancel was cancelled")
         tokens = runtime.engine.generate(read.state, read.logits, self._params, runtime.stop_ids)
         generation = Generation(tokens, TextStream(runtime.tokenizer), runtime.stop_ids)
         started_s = time.monotonic()

@@ -4,6 +4,7 @@ A results folder holds `study.json`, which says what is measured, and `records.j
 A line is synced before the next task begins, so a kill loses one task; a torn last line is dropped.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -76,8 +77,9 @@ class Study:
         return [self.records[task.key] for task in tasks]
 
     def _append(self, record: Record) -> None:
-        with (self.folder / RECORDS_FILE).open("ab") as file:
-            file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+        line = json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        with _naming_write_errors(self.folder), (self.folder / RECORDS_FILE).open("ab") as file:
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
         self.records[record["key"]] = record
@@ -89,21 +91,24 @@ def open_study(folder: Path, identity: Record, is_fresh: bool = False) -> Iterat
 
     `identity` is all that decides the records; `is_fresh` forgets those that are there.
     Raises: RequestError if another study is in the folder; BusyError if another process is at it; StateError for
-    records that are damaged; OSError if it cannot be written.
+    records that are damaged or a folder that cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{quoted_name(str(folder), 160)} is not a folder", "name another --out")
-    folder.mkdir(parents=True, exist_ok=True)
+    with _naming_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with _only_one(folder):
-        remove_strays(folder)
+        with _naming_write_errors(folder):
+            remove_strays(folder)
         known = _known_identity(folder)
         if is_fresh:
             (folder / RECORDS_FILE).unlink(missing_ok=True)
         elif known is not None:
             _check_identity(folder, known, identity)
-        text = json.dumps(identity, indent=2, ensure_ascii=False) + "\n"
-        replace_file(folder / STUDY_FILE, lambda file: file.write(text.encode()))
-        sync_folder(folder)
+        text = json.dumps(identity, indent=2) + "\n"
+        with _naming_write_errors(folder):
+            replace_file(folder / STUDY_FILE, lambda file: file.write(text.encode()))
+            sync_folder(folder)
         yield Study(folder, identity, _read_records(folder / RECORDS_FILE))
 
 
@@ -127,7 +132,7 @@ class _Meter:
         self._total_cost = max(1, sum(task.cost_tokens for task in tasks if task.key not in records))
         self._done_cost = self._num_read = self._task_read = 0
         self._task: Task | None = None
-        self._has_marks = True
+        self._has_marks = all("right" in record for record in done)
         self._started_s = time.monotonic()
 
     def begin(self, task: Task) -> None:
@@ -207,6 +212,18 @@ def _read_records(path: Path) -> dict[str, Record]:
 
 def _damaged(path: Path) -> StateError:
     return StateError(f"{quoted_name(str(path), 160)} is damaged", "begin anew with --fresh")
+
+
+@contextmanager
+def _naming_write_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        hint = "name an --out in a folder that you may write to"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = "make room and run the command again: it goes on where it stopped"
+        name = quoted_name(str(folder), 160)
+        raise StateError(f"{name}: cannot write: {error.strerror or error}", hint) from error
 
 
 @contextmanager

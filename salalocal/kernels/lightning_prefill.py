@@ -41,7 +41,7 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _wait_for(counter_ptr, count):
-    """Until `count` states were handed on."""
+    """Until a counter that other programs count up has come to `count`."""
     while tl.atomic_add(counter_ptr, 0, sem="acquire") < count:
         pass
 
@@ -118,6 +118,7 @@ def _segment_outputs(
     KEY_DIM: tl.constexpr,
     VALUES: tl.constexpr,
     STAGES: tl.constexpr,
+    HOLDS_QUERIES: tl.constexpr,
 ):
     """The outputs of `count` tokens in VALUES value channels of one head; `state` [K, VALUES] is the one before."""
     steps = tl.arange(0, CHUNK)
@@ -127,9 +128,16 @@ def _segment_outputs(
     since_start = tl.exp2(-slope * (steps + 1)) * scale
     until_end = tl.exp2(-slope * (CHUNK - 1 - steps))
     over_chunk = tl.exp2(-slope * CHUNK)
+    if HOLDS_QUERIES:
+        next_q = tl.load(q_ptr + rows * q_stride_t + columns, mask=rows < count, other=0.0)
     for first in tl.range(0, count, CHUNK, num_stages=STAGES):
-        is_there = rows < tl.minimum(count - first, CHUNK)
-        q = tl.load(q_ptr + (first + rows) * q_stride_t + columns, mask=is_there, other=0.0)
+        is_there = rows < count - first
+        if HOLDS_QUERIES:
+            q = next_q
+            next_rows = first + CHUNK + rows
+            next_q = tl.load(q_ptr + next_rows * q_stride_t + columns, mask=next_rows < count, other=0.0)
+        else:
+            q = tl.load(q_ptr + (first + rows) * q_stride_t + columns, mask=is_there, other=0.0)
         k = tl.load(k_ptr + (first + rows) * k_stride_t + columns, mask=is_there, other=0.0)
         v = tl.load(v_ptr + (first + rows) * v_stride_t + values, mask=is_there, other=0.0)
         o = tl.dot(q, state.to(q.dtype)) * since_start[:, None]
@@ -143,7 +151,9 @@ def _segment_outputs(
         tl.store(o_ptr + (first + rows) * o_stride_t + values, o.to(o_ptr.dtype.element_ty), mask=is_there)
 
 
-@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["positions_ptr"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "segment_tokens", "num_rows"], do_not_specialize_on_alignment=["positions_ptr"]
+)
 def _prefill_kernel(
     q_ptr,
     k_ptr,
@@ -174,10 +184,10 @@ def _prefill_kernel(
     o_stride_h,
     scale,
     num_tokens,
+    segment_tokens,
     num_rows,
     NUM_HEADS: tl.constexpr,
     PADDED_HEADS: tl.constexpr,
-    SEGMENT: tl.constexpr,
     CHUNK: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -185,6 +195,7 @@ def _prefill_kernel(
     LAG: tl.constexpr,
     SUM_STAGES: tl.constexpr,
     OUTPUT_STAGES: tl.constexpr,
+    HOLDS_QUERIES: tl.constexpr,
     LOG2_E: tl.constexpr,
     HAS_STATE: tl.constexpr,
     EPS: tl.constexpr,
@@ -200,7 +211,7 @@ def _prefill_kernel(
     kinds: tl.constexpr = 3 if TURN else 2
     width: tl.constexpr = NUM_HEADS * KEY_DIM
     num_strands = num_rows * strands
-    num_segments = tl.cdiv(num_tokens, SEGMENT)
+    num_segments = tl.cdiv(num_tokens, segment_tokens)
     ticket = tl.atomic_add(counters_ptr, 1)
     strand = ticket % num_strands
     kind = ticket // num_strands % kinds + (3 - kinds)
@@ -212,8 +223,8 @@ def _prefill_kernel(
         first_value = strand % strands * VALUES
         batch = (row // NUM_HEADS).to(tl.int64)
         head = row % NUM_HEADS
-        first = segment.to(tl.int64) * SEGMENT
-        count = tl.minimum(num_tokens - segment * SEGMENT, SEGMENT)
+        first = segment.to(tl.int64) * segment_tokens
+        count = tl.minimum(num_tokens - segment * segment_tokens, segment_tokens)
         slope = tl.load(slopes_ptr + head) * LOG2_E
         counter_ptr = counters_ptr + 1 + strand
         turned_counter_ptr = counters_ptr + 1 + num_strands + segment
@@ -265,17 +276,17 @@ def _prefill_kernel(
                 state = _state_before(segment, state_ptr, states_ptr, KEY_DIM, VALUE_DIM, VALUES, HAS_STATE)
                 _segment_outputs(
                     q_ptr, k_ptr, v_ptr, o_ptr, q_stride_t, k_stride_t, v_stride_t, o_stride_t,
-                    state, slope, scale, count, CHUNK, KEY_DIM, VALUES, OUTPUT_STAGES,
+                    state, slope, scale, count, CHUNK, KEY_DIM, VALUES, OUTPUT_STAGES, HOLDS_QUERIES,
                 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillLaunch:
-    """How the kernel is launched: tokens of a segment and of a chunk, value channels of a program, warps.
+    """How the kernel is launched: tokens of a segment, at most, and of a chunk, value channels of a program, warps.
 
     `lag`: segments by which outputs follow sums. `sum_stages`, `output_stages`: Triton's pipeline stages of the loops
-    over chunks; from 3 on, a chunk is on its way from memory while another is computed. Registers are kept to
-    `max_registers`, so that more programs fit on a multiprocessor and hide each other's waiting.
+    over chunks; from 3 on, a chunk is on its way from memory while another is computed. `holds_queries`: those of the
+    next chunk wait in registers, not in shared memory, where that is what keeps a second program off a multiprocessor.
     """
 
     segment: int
@@ -285,17 +296,20 @@ class PrefillLaunch:
     num_warps: int
     sum_stages: int
     output_stages: int
-    max_registers: int = 255
+    holds_queries: bool = False
 
 
 # By compute capability, the largest that is not above the card's. Only 90 has wgmma.
 LAUNCHES = {
     80: PrefillLaunch(segment=512, chunk=32, values=64, lag=1, num_warps=4, sum_stages=3, output_stages=3),
-    90: PrefillLaunch(segment=512, chunk=64, values=64, lag=0, num_warps=4, sum_stages=3, output_stages=2),
+    90: PrefillLaunch(
+        segment=512, chunk=64, values=64, lag=0, num_warps=4, sum_stages=3, output_stages=3, holds_queries=True
+    ),
     100: PrefillLaunch(segment=512, chunk=32, values=64, lag=1, num_warps=4, sum_stages=3, output_stages=3),
 }
 PREFILL_DTYPE = torch.bfloat16
 MAX_STATE_SIDE = 128  # channels of a key or value head: a program holds a whole chunk of one
+MIN_SEGMENTS = 8  # where segments are longer than two chunks
 MAX_LAUNCH_TOKENS = 8192  # 30 MiB of states at 32 heads of 128 and segments of 512
 
 
@@ -366,7 +380,8 @@ def _launch(
     q, v = block[0], block[2]
     batch, num_heads, key_dim, value_dim = _state_shape(q, v)
     values = min(launch.values, value_dim)
-    num_rows, num_segments = batch * num_heads, -(-q.shape[1] // launch.segment)
+    segment_tokens = segment_tokens_for(q.shape[1], launch)
+    num_rows, num_segments = batch * num_heads, triton.cdiv(q.shape[1], segment_tokens)
     num_strands = num_rows * (value_dim // values)
     after = torch.empty((batch, num_heads, key_dim, value_dim), dtype=torch.float32, device=q.device)
     states = torch.empty((num_segments - 1, num_rows, key_dim, value_dim), dtype=torch.float32, device=q.device)
@@ -385,10 +400,10 @@ def _launch(
         *(stride for x in block for stride in x.stride()[:3]),
         recurrence.scale,
         q.shape[1],
+        segment_tokens,
         num_rows,
         NUM_HEADS=num_heads,
         PADDED_HEADS=triton.next_power_of_2(num_heads),
-        SEGMENT=launch.segment,
         CHUNK=launch.chunk,
         KEY_DIM=key_dim,
         VALUE_DIM=value_dim,
@@ -396,15 +411,21 @@ def _launch(
         LAG=launch.lag,
         SUM_STAGES=launch.sum_stages,
         OUTPUT_STAGES=launch.output_stages,
+        HOLDS_QUERIES=launch.holds_queries,
         LOG2_E=LOG2_E,
         HAS_STATE=state is not None,
         EPS=0.0 if norm_rope is None else norm_rope.eps,
         TURN=norm_rope is not None,
         FAST=HAS_INLINE_ASM,
         num_warps=launch.num_warps,
-        maxnreg=launch.max_registers,
     )
     return after
+
+
+def segment_tokens_for(num_tokens: int, launch: PrefillLaunch) -> int:
+    """Shorter segments for few tokens, so that all multiprocessors have work."""
+    wanted = int(triton.next_power_of_2(triton.cdiv(num_tokens, MIN_SEGMENTS)))
+    return max(2 * launch.chunk, min(wanted, launch.segment))
 
 
 def _turn_tensors(norm_rope: NormRope | None, first: int, q: Tensor) -> tuple[Tensor | None, ...]:

@@ -62,7 +62,10 @@ class ThinkingDelta:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a turn cost. Units: tokens, seconds, bytes; `context_tokens` = `cached_tokens` + `new_tokens`."""
+    """What a turn cost. Units: tokens, seconds, bytes; `context_tokens` = `cached_tokens` + `new_tokens`.
+
+    `right_guesses`: tokens of the answer that were guessed ahead, see `engine.prompt_lookup`.
+    """
 
     context_tokens: int
     cached_tokens: int
@@ -71,6 +74,7 @@ class Usage:
     read_s: float
     answer_s: float
     peak_memory_bytes: int
+    right_guesses: int = 0
 
     @property
     def new_tokens(self) -> int:

@@ -24,6 +24,11 @@ class Generation(Iterator[TextDelta]):
         self._stop_ids = frozenset(stop_ids)
         self._pending: list[int] = []
 
+    @property
+    def right_guesses(self) -> int:
+        """Tokens that were guessed ahead."""
+        return self._tokens.guesses.num_right
+
     def __iter__(self) -> "Generation":
         return self
 

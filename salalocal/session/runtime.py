@@ -64,6 +64,16 @@ class Runtime:
         return frozenset(self.config.eos_token_ids) | frozenset(self.tokenizer.eos_ids)
 
     @property
+    def placement(self) -> str:
+        """Where and how it runs, in words."""
+        config, model = self.engine.config, self.engine.model
+        cache = "int8" if config.is_cache_int8 else str(model.dtype).removeprefix("torch.")
+        words = [f"{config.chunk_size:,} tokens at a time", f"keys and values in {cache}"]
+        if model.model.embed_tokens.weight.device.type != model.device.type:
+            words.append("embedding table in host memory")
+        return f"runs on {model.device}: {', '.join(words)}"
+
+    @property
     def context_limit(self) -> int | None:
         """How many tokens the model was made for, if it says so."""
         return self.config.max_position_embeddings
@@ -204,9 +214,9 @@ def _plan(
     config, is_cuda = checkpoint.config, device.type == "cuda"
     weights, cache = _FORMATS[dtype]
     if options.kv_cache is not None:
-        cache = _cache_format(options.kv_cache, cache)
+        cache = cache_named(options.kv_cache, cache)
     has_kernels = HAS_TRITON and dtype == torch.bfloat16
-    plan_options = PlanOptions(weights, cache, is_cuda=is_cuda, math=_math(options.math), has_kernels=has_kernels)
+    plan_options = PlanOptions(weights, cache, is_cuda=is_cuda, math=math_named(options.math), has_kernels=has_kernels)
     record = config.quantization_config
     if record is not None:
         stored = StoredWeights(WeightFormat.of_record(record), weight_bytes(checkpoint, device, dtype))
@@ -217,7 +227,8 @@ def _plan(
     return plan_options
 
 
-def _math(name: str | None) -> Math:
+def math_named(name: str | None) -> Math:
+    """What many rows are multiplied in on a card, by its name; None: the default. Raises: RequestError."""
     known: tuple[Math, ...] = get_args(Math)
     for word in known:
         if name in (word, None):
@@ -225,8 +236,8 @@ def _math(name: str | None) -> Math:
     raise RequestError(f"--math is {str(name)[:40]!r}, not one of {', '.join(known)}", "for example: --math int8")
 
 
-def _cache_format(name: str, of_dtype: CacheFormat) -> CacheFormat:
-    """The cache of that name: int8, or 16 bits as the dtype computes in."""
+def cache_named(name: str, of_dtype: CacheFormat) -> CacheFormat:
+    """The cache of that name: int8, or what the dtype computes in. Raises: RequestError."""
     if name == CacheFormat.INT8.value:
         return CacheFormat.INT8
     if name == of_dtype.value:

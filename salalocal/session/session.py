@@ -214,6 +214,7 @@ class Session:
         finally:
             self._keep(question, prompt, read, generation)
         usage = self._usage(read, len(generation.token_ids), num_thinking, time.monotonic() - started_s)
+        usage = replace(usage, right_guesses=generation.right_guesses)
         yield Finish(generation.finish or "stop", usage)
 
     def _keep(self, question: str, prompt: Prompt, read: Read, generation: Generation) -> None:

@@ -117,6 +117,10 @@ def open_session(settings: Settings, sources: Sources, stop: Sequence[str], tell
     num_tokens = report.total_tokens + QUESTION_TOKENS + answer_room(sampling.max_tokens)
     options = LoadOptions.of(settings, num_tokens)
     runtime = open_runtime(folder, settings.model, options, codec)
+    if runtime.engine.device.type == "cuda":
+        tell(runtime.placement)
+    elif settings.math is not None:
+        tell(f"--math {settings.math} is for cards; this run uses {runtime.engine.device}")
     if is_builtin(settings.model):
         tell(
             f"built-in demonstration model, {runtime.config.num_parameters / 1e6:.1f} M parameters: "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from salalocal.bench.report import BenchReport
 from salalocal.session.plan import short_tokens
-from salalocal.terminal.bench_view import duration_s
+from salalocal.terminal.bench_view import duration_s, rate
 from salalocal.terminal.picture import Picture
 
 _WIDTH, _HEIGHT = 960, 420
@@ -34,6 +34,7 @@ class _Panel:
     """A panel and its scales."""
 
     picture: Picture
+    is_more_better: bool
     left: float
     width: float
     x: Callable[[float], float]
@@ -55,8 +56,8 @@ def plot_bench(report: BenchReport) -> Picture:
         first = _log_panel(picture, _LEFT, width, depths, seconds)
         second = _linear_panel(picture, _LEFT + width + _GAP, width, depths, rates)
         for number, one in enumerate(series):
-            _draw(first, one.first_token_s, number, one, lambda value: f"{duration_s(value)}")
-            _draw(second, one.decode_tokens_per_s, number, one, lambda value: f"{value:,.1f} tok/s")
+            _draw(first, one.first_token_s, number, one, duration_s)
+            _draw(second, one.decode_tokens_per_s, number, one, lambda value: f"{rate(value)} tok/s")
         _draw_failures(first, report, depths)
     return picture
 
@@ -87,9 +88,10 @@ def _legend(picture: Picture, series: Sequence[Series]) -> None:
 
 
 def _log_panel(picture: Picture, left: float, width: float, depths: Sequence[int], values: Sequence[float]) -> _Panel:
-    low, high = math.log10(min(values)) - 0.1, math.log10(max(values)) + 0.1
+    low, high = math.log10(min(values)) - 0.3, math.log10(max(values)) + 0.15
     panel = _Panel(
         picture,
+        False,
         left,
         width,
         _x_scale(left, width, depths),
@@ -107,7 +109,7 @@ def _linear_panel(
     picture: Picture, left: float, width: float, depths: Sequence[int], values: Sequence[float]
 ) -> _Panel:
     high = max(values) * 1.1
-    panel = _Panel(picture, left, width, _x_scale(left, width, depths), lambda value: _y_of(value / high))
+    panel = _Panel(picture, True, left, width, _x_scale(left, width, depths), lambda value: _y_of(value / high))
     _frame(panel, "decoding, tokens a second", depths)
     step = next(base * 10.0**power for power in range(-4, 9) for base in (1, 2, 5) if high / (base * 10.0**power) <= 6)
     for number in range(int(high / step) + 1):
@@ -152,8 +154,9 @@ def _draw(panel: _Panel, points: Points, number: int, series: Series, shown: Cal
     for (x, y), (tokens, value) in zip(places, points, strict=True):
         panel.picture.dot(x, y, 3.5, colour, f"{series.name}, {short_tokens(tokens)}: {shown(value)}")
         if not series.is_projection and len(points) <= _MAX_LABELS:
-            above = y - 9 if number == 0 else y + 18
-            panel.picture.text(x, above, shown(value).removesuffix(" tok/s"), 10, "middle", colour)
+            is_above = (number == 0) == panel.is_more_better  # the first line is the better one as a rule
+            label = shown(value).removesuffix(" tok/s")
+            panel.picture.text(x, y - 9 if is_above else y + 18, label, 10, "middle", colour)
 
 
 def _draw_failures(panel: _Panel, report: BenchReport, depths: Sequence[int]) -> None:
@@ -163,4 +166,6 @@ def _draw_failures(panel: _Panel, report: BenchReport, depths: Sequence[int]) ->
             if depths[0] <= failure.num_tokens <= depths[-1]:
                 x, colour = panel.x(failure.num_tokens), _COLOURS[number % len(_COLOURS)]
                 panel.picture.line([(x, _TOP + 24), (x, _HEIGHT - _BOTTOM)], colour, 1, is_dashed=True)
-                panel.picture.text(x - 4, _TOP + 34, f"{result.facts.name}: out of memory", 10, "end", colour)
+                panel.picture.text(
+                    x - 4, _HEIGHT - _BOTTOM - 8, f"{result.facts.name}: out of memory", 10, "end", colour
+                )

@@ -29,6 +29,7 @@ _NARROW = 60
 _MAX_NAME = 40
 _SAMPLES = ("samples_ns", "samples_ts")
 _FIRST_TOKEN = "first token: everything read up to there, and the first draw"
+_MEMORY = "memory: the most so far, with room for the deepest context from the start"
 _ROOFLINE = "roofline: the least time by FLOP and bytes, counted from the shape, in % of the time measured"
 _PROJECTION = "projection, not measured: the figures above times what the data sheets say of the two cards"
 
@@ -117,8 +118,9 @@ def _markdown(report: BenchReport, width: int | None) -> Iterator[str]:
         yield ""
         yield from _projection_lines(report, width)
         yield ""
-    for line in (_machine_line(report), *_ceiling_lines(report.ceilings), _FIRST_TOKEN, _ROOFLINE, *report.notes):
-        yield from _wrapped(line, width)
+    about = (_machine_line(report), *_ceiling_lines(report.ceilings), _FIRST_TOKEN, _MEMORY, _ROOFLINE)
+    for line in (*about, *report.notes):
+        yield from _item(line, width)
 
 
 def _subject_line(facts: SubjectFacts) -> str:
@@ -133,8 +135,10 @@ def _result_lines(report: BenchReport, result: SubjectResult, width: int | None)
     rows = [_depth_row(report, result, depth) for depth in result.depths]
     if rows:
         yield from _table(heads, rows, width)
+    if rows and result.failures:
+        yield ""
     for failure in result.failures:
-        yield from _wrapped(f"{short_tokens(failure.num_tokens)}: {failure.reason}", width)
+        yield from _item(f"{short_tokens(failure.num_tokens)}: {failure.reason}", width)
 
 
 def _depth_row(report: BenchReport, result: SubjectResult, depth: DepthResult) -> tuple[str, ...]:
@@ -179,9 +183,9 @@ def _projection_row(projection: Projection) -> tuple[str, ...]:
         projection.card,
         projection.subject,
         short_tokens(projection.num_tokens),
-        _rate(projection.prefill_tokens_per_s),
+        rate(projection.prefill_tokens_per_s),
         duration_s(projection.first_token_s),
-        _rate(projection.decode_tokens_per_s),
+        rate(projection.decode_tokens_per_s),
         fits,
     )
 
@@ -237,15 +241,21 @@ def _wrapped(line: str, width: int | None) -> list[str]:
     return [line] if width is None else textwrap.wrap(line, width)
 
 
+def _item(line: str, width: int | None) -> list[str]:
+    """One of a list: in Markdown, lines that follow each other would run together."""
+    return [f"- {line}"] if width is None else textwrap.wrap(f"- {line}", width, subsequent_indent="  ")
+
+
 def _with_spread(rates: Sequence[float]) -> str:
     """The median, and half of what lies between the least and the most."""
     ordered = sorted(rates)
     middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
-    return f"{_rate(middle)} ± {_rate((ordered[-1] - ordered[0]) / 2)}" if len(rates) > 1 else _rate(middle)
+    return f"{rate(middle)} ± {rate((ordered[-1] - ordered[0]) / 2)}" if len(rates) > 1 else rate(middle)
 
 
-def _rate(rate: float) -> str:
-    return f"{rate:,.0f}" if rate >= 99.95 else f"{rate:.1f}"
+def rate(tokens_per_s: float) -> str:
+    """Tokens a second with three digits or more: `0.4`, `75.5`, `12,345`."""
+    return f"{tokens_per_s:,.0f}" if tokens_per_s >= 99.95 else f"{tokens_per_s:.1f}"
 
 
 def _share(share: float | None) -> str:

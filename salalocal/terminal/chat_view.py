@@ -154,6 +154,8 @@ def stats_lines(event: Finish, width: int) -> list[str]:
     usage: Usage = event.usage
     context = f"context {usage.context_tokens:,} = {usage.cached_tokens:,} cached + {usage.new_tokens:,} new"
     parts = [f"{usage.answer_tokens:,} tokens", f"{usage.tokens_per_s:,.1f} tok/s"]
+    if usage.right_guesses:
+        parts.append(f"{usage.right_guesses:,} guessed")
     parts.append(f"peak {size(usage.peak_memory_bytes)}")
     if event.reason in ENDINGS:
         parts.append(ENDINGS[event.reason])

@@ -13,7 +13,7 @@ from salalocal.bench.opening import find_subject, open_subject, tensor_bytes
 from salalocal.checkpoint.checkpoint import Checkpoint
 from salalocal.checkpoint.names import expected_tensors
 from salalocal.device import DeviceMemory
-from salalocal.errors import HubError, MemoryBudgetError
+from salalocal.errors import HubError, MemoryBudgetError, RequestError
 from salalocal.quant import weight_layout
 from salalocal.quant.int4 import IntScheme
 from salalocal.session.plan import RELEASED_MODEL
@@ -80,6 +80,12 @@ def test_a_random_model_that_cannot_fit_is_refused_with_what_would(monkeypatch: 
     with pytest.raises(MemoryBudgetError) as caught:
         open_subject(None, Settings(), CPU, 4096)
     assert caught.value.hint == "salalocal bench --model builtin"
+
+
+@pytest.mark.parametrize("wish", [{"dtype": "float16"}, {"math": "int3"}, {"kv_cache": "bf16"}])
+def test_what_random_weights_cannot_be_is_refused(wish: dict[str, str]) -> None:
+    with pytest.raises(RequestError, match="--"):
+        open_subject(None, Settings(**wish), CPU, 4096)  # type: ignore[arg-type]
 
 
 def test_a_stored_model_says_what_it_is(tmp_path: Path, seed: int) -> None:

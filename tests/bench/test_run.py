@@ -28,9 +28,9 @@ def settings(tmp_path: Path, seed: int) -> Settings:
 
 def test_both_subjects_walk_through_all_depths(settings: Settings) -> None:
     told: list[BenchProgress] = []
-    options = BenchOptions((200, 64, 64), gen_tokens=4, num_runs=2, baseline="dense")
+    options = BenchOptions((100, 40, 40), gen_tokens=2, num_runs=2, baseline="dense")
     report = run_bench(settings, options, told.append, lambda line: None)
-    assert [[depth.num_tokens for depth in result.depths] for result in report.results] == [[64, 200]] * 2
+    assert [[depth.num_tokens for depth in result.depths] for result in report.results] == [[40, 100]] * 2
     assert report.ceilings is not None and not report.is_interrupted
     assert {progress.subject for progress in told} == {settings.model, "dense"}
     ours, dense = report.results
@@ -46,14 +46,14 @@ def test_both_subjects_walk_through_all_depths(settings: Settings) -> None:
 
 def test_an_interrupt_keeps_what_was_measured(settings: Settings) -> None:
     def interrupt(progress: BenchProgress) -> None:
-        if progress.num_tokens > 100:
+        if progress.num_tokens > 60:
             raise KeyboardInterrupt
 
-    report = run_bench(settings, BenchOptions((64, 200), 4, 1), interrupt, lambda line: None)
+    report = run_bench(settings, BenchOptions((40, 100), 2, 1), interrupt, lambda line: None)
     assert report.is_interrupted and "interrupted" in report.notes[-1]
-    assert [depth.num_tokens for depth in report.results[0].depths] == [64]
+    assert [depth.num_tokens for depth in report.results[0].depths] == [40]
     with pytest.raises(KeyboardInterrupt):
-        run_bench(settings, BenchOptions((200,), 4, 1), interrupt, lambda line: None)
+        run_bench(settings, BenchOptions((100,), 2, 1), interrupt, lambda line: None)
 
 
 def test_a_depth_beyond_what_the_model_was_made_for_is_said(settings: Settings) -> None:

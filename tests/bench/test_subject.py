@@ -32,13 +32,13 @@ def test_drawing_leaves_what_was_read(subject: EngineSubject) -> None:
     state, logits = subject._state, subject._logits
     assert state is not None and logits is not None
     before = [{name: tensor.clone() for name, tensor in layer.tensors().items()} for layer in state.layers]
-    drawn = subject.draw(5, 3, is_last=False)
+    drawn = subject.draw(2, 3, is_last=False)
     assert len(drawn.runs_s) == 3 and min(drawn.first_s, drawn.setup_s, *drawn.runs_s) > 0
     assert state.num_tokens == 100
     for layer, kept in zip(state.layers, before, strict=True):
         assert all(torch.equal(tensor, kept[name]) for name, tensor in layer.tensors().items())
     again = subject._engine.prefill([7, 8], state.fork())
-    subject.draw(5, 1, is_last=False)
+    subject.draw(2, 1, is_last=False)
     repeated = subject._engine.prefill([7, 8], state.fork())
     assert again is not None and repeated is not None and torch.equal(again, repeated)
 
@@ -46,8 +46,8 @@ def test_drawing_leaves_what_was_read(subject: EngineSubject) -> None:
 def test_the_last_draw_needs_no_second_state(subject: EngineSubject) -> None:
     subject.begin(300)
     subject.read(64, lambda tokens: None)
-    subject.draw(5, 2, is_last=True)
-    assert subject._state is not None and subject._state.num_tokens == 64 + 1 + 2 * 5
+    subject.draw(2, 2, is_last=True)
+    assert subject._state is not None and subject._state.num_tokens == 64 + 1 + 2 * 2
 
 
 def test_warming_up_leaves_nothing(subject: EngineSubject) -> None:

@@ -1,5 +1,6 @@
 """Names of strangers build no path but the one meant, and links in the cache lead nowhere else."""
 
+import ast
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pull_cases import REPOSITORY, SHARD, assert_pulled, plan, pull
 
+from salalocal.checkpoint import hub_cache as hub_cache_module
 from salalocal.checkpoint.hub_cache import CachedRepository, is_revision, is_wanted_name
 from salalocal.errors import CheckpointError, HubError
 
@@ -94,3 +96,18 @@ def test_a_link_in_the_place_of_a_file_is_replaced_not_followed(hub: FakeHub, hu
     pull(hub)
     assert_pulled(hub)
     assert victim.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["checkpoint/hub_client", "checkpoint/hub_listing", "checkpoint/transfer", "checkpoint/pull", "session/pulling"],
+)
+def test_only_hub_cache_joins_names_of_strangers_to_folders(module: str) -> None:
+    tree = ast.parse((Path(hub_cache_module.__file__).parents[1] / f"{module}.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            words = {part.id for part in ast.walk(node.right) if isinstance(part, ast.Name)}
+            words |= {part.attr for part in ast.walk(node.right) if isinstance(part, ast.Attribute)}
+            assert not words & {"name", "digest", "revision", "commit", "hub_id", "file", "entry"}, ast.unparse(node)
+        called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        assert not called.endswith(("joinpath", "path.join", "with_name")) and called != "Path", ast.unparse(node)

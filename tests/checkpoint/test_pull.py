@@ -111,6 +111,15 @@ def test_a_new_commit_joins_the_old_one(hub: FakeHub, repository: Path) -> None:
     assert new != old and old.is_dir() and len(hub.bodies(SHARD)) == 1
 
 
+def test_a_finished_pull_leaves_no_beginnings_of_older_ones(hub: FakeHub, hub_cache: Path) -> None:
+    blobs = hub_cache / "models--acme--tiny" / "blobs"
+    blobs.mkdir(parents=True)
+    for name in (f"{'0' * 64}.salalocal-partial", f"{'0' * 64}.salalocal-etag", ".writing-0123"):
+        (blobs / name).write_text("x")
+    pull(hub)
+    assert_pulled(hub)
+
+
 def test_the_token_goes_to_the_hub_and_nowhere_else(hub: FakeHub) -> None:
     pull(hub)
     for request in hub.log:
@@ -130,8 +139,6 @@ def test_a_pull_goes_on_where_it_was(hub: FakeHub) -> None:
 
 
 KILLED = """
-import sys, threading
-sys.path.insert(0, {tests!r})
 from salalocal.checkpoint.hub_client import HubClient
 from salalocal.checkpoint.hub_listing import read_listing
 from salalocal.checkpoint.pull import plan_pull, run_pull
@@ -141,24 +148,25 @@ run_pull(plan_pull(read_listing(client, {repository!r}, "main"), "main"), client
 
 
 def test_a_killed_pull_loses_nothing_that_came(hub: FakeHub, hub_cache: Path) -> None:
-    hub.bytes_per_s = 400_000
-    code = KILLED.format(tests=str(Path(__file__).parents[1]), url=hub.url, repository=REPOSITORY)
+    planned, _ = plan(hub)
+    digest = next(file.digest for file in planned.listing.files if file.name == SHARD)
+    partial = planned.repository.partial(digest)
+    hub.bytes_per_s = 200_000
+    code = KILLED.format(url=hub.url, repository=REPOSITORY)
     environment = {**os.environ, "HF_HUB_CACHE": str(hub_cache), "HF_HUB_OFFLINE": "0"}
     child = subprocess.Popen([sys.executable, "-c", code], env=environment)
-    deadline_s = time.monotonic() + 20
-    while sum(path.stat().st_size for path in hub_cache.rglob("*-partial")) < 60_000 and time.monotonic() < deadline_s:
+    deadline_s = time.monotonic() + 60
+    while not (partial.exists() and partial.stat().st_size >= 40_000) and time.monotonic() < deadline_s:
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    grown = {path.name.partition(".")[0]: path.stat().st_size for path in hub_cache.rglob("*-partial")}
-    assert grown
+    grown = partial.stat().st_size
     assert_nothing_counts(hub_cache)
     hub.bytes_per_s = None
     hub.log.clear()
     pull(hub)
     assert_pulled(hub)
-    asked = [int(request.headers["Range"][6:-1]) for request in hub.bodies(SHARD) if "Range" in request.headers]
-    assert asked and asked[0] in grown.values()
+    assert [request.headers.get("Range") for request in hub.bodies(SHARD)] == [f"bytes={grown}-"]
 
 
 def test_stopping_leaves_at_once_and_keeps_what_came(hub: FakeHub, hub_cache: Path) -> None:
@@ -175,6 +183,29 @@ def test_stopping_leaves_at_once_and_keeps_what_came(hub: FakeHub, hub_cache: Pa
     assert time.monotonic() - started_s < 4
     assert_nothing_counts(hub_cache)
     assert 50_000 in [path.stat().st_size for path in hub_cache.rglob("*-partial")]
+
+
+@pytest.mark.parametrize("count", range(8))
+def test_a_pull_that_dies_while_it_names_files_leaves_no_model(
+    count: int, hub: FakeHub, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = Path.replace, []
+
+    def dying(path: Path, target: Path) -> Path:
+        if "snapshots" in path.parts or "refs" in path.parts:
+            calls.append(target.name)
+            if len(calls) > count:
+                raise SystemExit(143)
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "replace", dying)
+    with pytest.raises(SystemExit):
+        pull(hub)
+    assert calls[6:] == ["config.json", "main"][: max(0, count - 5)]  # after all other names
+    assert_nothing_counts(hub_cache)
+    monkeypatch.setattr(Path, "replace", real)
+    pull(hub)
+    assert_pulled(hub)
 
 
 def test_two_pulls_of_one_model_do_not_meet(hub: FakeHub) -> None:

@@ -47,6 +47,28 @@ def test_what_a_hub_does_wrong_once_is_healed(name: str, hub: FakeHub) -> None:
     assert_pulled(hub)
 
 
+@pytest.mark.parametrize("content_range", ["bytes 5-9/10", "bytes */*", "bytes 70000-70001/999999999", ""])
+def test_a_file_begins_again_where_a_range_is_not_the_one_asked_for(content_range: str, hub: FakeHub) -> None:
+    hub.faults[SHARD] = [Fault(cut_after=70_000), Fault(content_range=content_range)]
+    pull(hub)
+    assert [request.headers.get("Range") for request in hub.bodies(SHARD)] == [None, "bytes=70000-", None]
+
+
+def test_a_file_begins_again_where_the_hub_names_another_one(hub: FakeHub) -> None:
+    hub.faults[SHARD] = [Fault(cut_after=70_000), Fault(etag="f" * 64)]
+    pull(hub)
+    assert [request.headers.get("Range") for request in hub.bodies(SHARD)] == [None, "bytes=70000-", None]
+
+
+def test_bytes_of_another_file_behind_the_same_name_are_not_joined(hub: FakeHub) -> None:
+    """The server's own tag changes between two tries: it sends the whole file, and the whole file is taken."""
+    hub.faults[SHARD] = [Fault(cut_after=70_000, headers={"ETag": '"an older one"'})]
+    pull(hub)
+    assert_pulled(hub)
+    _, second = hub.bodies(SHARD)
+    assert second.headers["If-Range"] == '"an older one"' and second.status == 200
+
+
 def scripted(path_end: str, reply: tuple[int, dict[str, str], bytes]) -> Callable[[FakeHub], None]:
     def prepare(hub: FakeHub) -> None:
         hub.scripts.append(lambda request: reply if request.path.endswith(path_end) else None)

@@ -1,19 +1,24 @@
 """The memory plan gives the figures of the specification, and bounds what a run really takes."""
 
 import math
+from dataclasses import replace
+from itertools import groupby
 
 import pytest
 import torch
 from checkpoint_cases import small_config
 
 from salalocal.engine.budget import (
+    CUDA_CHUNKS,
     CUDA_DRIVER_BYTES,
     CacheFormat,
+    Math,
     MemoryPlan,
     PlanOptions,
     StoredWeights,
     WeightFormat,
     check_fits,
+    fitted,
     longest_context,
     plan_memory,
     weight_bytes,
@@ -127,8 +132,19 @@ def test_a_quantized_folder_is_counted_only_where_its_format_is_planned() -> Non
     stored = StoredWeights(WeightFormat.NF4, 12345)
     assert plan_memory(RELEASED, 1, PlanOptions(WeightFormat.NF4, stored=stored)).weight_bytes == 12345
     for other in (WeightFormat.BF16, WeightFormat.INT4):
-        plan = plan_memory(RELEASED, 1, PlanOptions(other, stored=stored))
+        plan = plan_memory(RELEASED, 1, PlanOptions(other, is_cuda=False, stored=stored))
         assert plan.weight_bytes == weight_bytes(RELEASED, other)
+
+
+@pytest.mark.parametrize("weights", [WeightFormat.INT4, WeightFormat.INT8])
+def test_a_card_holds_two_folded_numbers_for_every_output_of_a_packed_map(weights: WeightFormat) -> None:
+    on_cpu, on_card = (plan_memory(RELEASED, 1, PlanOptions(weights, is_cuda=is_cuda)) for is_cuda in (False, True))
+    attention = {"q": 4096, "gate": 4096, "out": 4096}
+    sparse, lightning = (sum(attention.values()) + 2 * width for width in (256, 4096))
+    outputs = 8 * sparse + 24 * lightning + 32 * (2 * 16384 + 4096)
+    assert on_card.weight_bytes - on_cpu.weight_bytes == 8 * outputs
+    without = plan_memory(RELEASED, 1, PlanOptions(weights, has_kernels=False))
+    assert without.weight_bytes == on_cpu.weight_bytes
 
 
 def test_an_int8_cache_halves_the_keys_and_values_but_for_the_scales() -> None:
@@ -139,30 +155,110 @@ def test_an_int8_cache_halves_the_keys_and_values_but_for_the_scales() -> None:
 
 def test_the_total_is_the_sum_and_the_driver_is_for_cuda_only() -> None:
     on_card, on_cpu = plan_memory(RELEASED, 1000), plan_memory(RELEASED, 1000, PlanOptions(is_cuda=False))
-    assert on_card.total_bytes - on_cpu.total_bytes == CUDA_DRIVER_BYTES
+    assert (on_card.driver_bytes, on_cpu.driver_bytes) == (CUDA_DRIVER_BYTES, 0)
     parts = ("weight", "kv", "k1", "k2", "lightning", "activation", "logits", "driver")
     assert on_card.total_bytes == sum(getattr(on_card, f"{part}_bytes") for part in parts)
     assert all(getattr(on_card, f"{part}_bytes") > 0 for part in parts)
 
 
+def fitted_bytes(num_tokens: int, memory_bytes: int, options: PlanOptions) -> int:
+    return plan_memory(RELEASED, num_tokens, fitted(RELEASED, num_tokens, memory_bytes, options)).total_bytes
+
+
 @pytest.mark.parametrize("weights", WeightFormat)
 @pytest.mark.parametrize("cache", CacheFormat)
 def test_the_longest_context_fits_and_one_more_token_does_not(weights: WeightFormat, cache: CacheFormat) -> None:
-    options = PlanOptions(weights, cache)
-    for gibibytes in (8, 16, 24, 80):
-        longest = longest_context(RELEASED, gibibytes * GIB, options)
-        if longest == 0:
-            assert plan_memory(RELEASED, 1, options).total_bytes > gibibytes * GIB
-            continue
-        assert plan_memory(RELEASED, longest, options).total_bytes <= gibibytes * GIB
-        assert plan_memory(RELEASED, longest + 1, options).total_bytes > gibibytes * GIB
-        check_fits(plan_memory(RELEASED, longest, options), gibibytes * GIB)
+    options = PlanOptions(weights, cache, stored=StoredWeights(weights, weight_bytes(RELEASED, weights)))
+    for memory_bytes in (8 * GIB, 24 * GIB, 80 * GIB):
+        longest = longest_context(RELEASED, memory_bytes, options)
+        assert fitted_bytes(longest + 1, memory_bytes, options) > memory_bytes
+        if longest > 0:
+            assert fitted_bytes(longest, memory_bytes, options) <= memory_bytes
+            check_fits(plan_memory(RELEASED, longest, fitted(RELEASED, longest, memory_bytes, options)), memory_bytes)
 
 
-def test_a_16_gigabyte_card_holds_a_million_tokens_with_int4_weights() -> None:
-    assert longest_context(RELEASED, 16 * GIB, PlanOptions(WeightFormat.INT4)) > 900 * 1024
+# The context lengths of every size of card, with what is cached in which format.
+@pytest.mark.parametrize(
+    ("gibibytes", "tokens_k", "cache"),
+    [
+        (8, 256, CacheFormat.INT8),
+        (12, 512, CacheFormat.BF16),
+        (12, 1024, CacheFormat.INT8),
+        (16, 1024, CacheFormat.BF16),
+        (16, 2048, CacheFormat.INT8),
+        (24, 2048, CacheFormat.INT8),
+        (32, 2048, CacheFormat.BF16),
+    ],
+)
+@pytest.mark.parametrize("math", ["int8", "bf16"])
+def test_every_size_of_card_holds_the_context_that_is_promised(
+    gibibytes: int, tokens_k: int, cache: CacheFormat, math: Math
+) -> None:
+    options, num_tokens = PlanOptions(WeightFormat.INT4, cache, math=math), tokens_k * 1024 + 256
+    check_fits(
+        plan_memory(RELEASED, num_tokens, fitted(RELEASED, num_tokens, gibibytes * GIB, options)), gibibytes * GIB
+    )
+
+
+def test_a_card_too_small_for_the_weights_holds_nothing() -> None:
     assert longest_context(RELEASED, 16 * GIB) == 0
     assert longest_context(RELEASED, 2**62) == 2**31
+
+
+def test_the_largest_chunk_that_fits_is_taken_and_then_the_place_of_the_table() -> None:
+    options = PlanOptions(WeightFormat.INT4)
+    roomy = fitted(RELEASED, 2**16, 24 * GIB, options)
+    assert (roomy.chunk_size, roomy.is_embedding_on_host) == (CUDA_CHUNKS[0], False)
+    found = []
+    for num_tokens in range(2**20, 2**21, 2**14):
+        choice = fitted(RELEASED, num_tokens, 16 * GIB, options)
+        if fitted_bytes(num_tokens, 16 * GIB, options) <= 16 * GIB:
+            larger = [size for size in CUDA_CHUNKS if size > choice.chunk_size]
+            for size in larger:
+                tight = replace(choice, chunk_size=size, is_embedding_on_host=True)
+                assert plan_memory(RELEASED, num_tokens, tight).total_bytes > 16 * GIB
+            if choice.is_embedding_on_host:
+                on_card = replace(choice, is_embedding_on_host=False)
+                assert plan_memory(RELEASED, num_tokens, on_card).total_bytes > 16 * GIB
+        else:
+            assert (choice.chunk_size, choice.is_embedding_on_host) == (CUDA_CHUNKS[-1], True)
+        found.append(choice.chunk_size)
+    assert [size for size, _ in groupby(found)] == list(CUDA_CHUNKS)
+
+
+def test_the_table_in_host_memory_takes_none_of_the_card() -> None:
+    on_card = PlanOptions(WeightFormat.INT4)
+    bytes_of = [
+        plan_memory(RELEASED, 1, options).weight_bytes
+        for options in (on_card, replace(on_card, is_embedding_on_host=True))
+    ]
+    assert bytes_of[0] - bytes_of[1] == 2 * 73448 * 4096
+    assert fitted(RELEASED, 1, 11 * GIB, on_card).is_embedding_on_host  # a small card, with room or without
+    tied = replace(RELEASED, tie_word_embeddings=True)
+    assert not fitted(tied, 1, 8 * GIB, on_card).is_embedding_on_host  # the logits need it on the card
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        PlanOptions(WeightFormat.INT4, is_cuda=False),
+        PlanOptions(WeightFormat.INT4, has_kernels=False),
+        PlanOptions(WeightFormat.NF4),
+        PlanOptions(WeightFormat.FP16),
+        PlanOptions(WeightFormat.FP32, CacheFormat.FP32),
+        PlanOptions(WeightFormat.INT4, CacheFormat.FP32),
+    ],
+)
+def test_what_runs_module_by_module_keeps_its_chunks_and_its_table(options: PlanOptions) -> None:
+    assert not options.is_fused
+    assert fitted(RELEASED, 2**16, 8 * GIB, options) == options
+    assert fitted(RELEASED, 2**16, 8 * GIB, options, 77) == replace(options, chunk_size=77)
+
+
+def test_a_chunk_size_that_was_asked_for_is_kept() -> None:
+    choice = fitted(RELEASED, 2**16, 24 * GIB, PlanOptions(WeightFormat.INT4), 100)
+    assert (choice.chunk_size, choice.is_embedding_on_host) == (100, False)
+    assert fitted(RELEASED, 2**16, 6 * GIB, PlanOptions(WeightFormat.INT4), 100).is_embedding_on_host
 
 
 def test_a_plan_that_does_not_fit_is_refused_with_its_parts() -> None:

@@ -16,7 +16,7 @@ from salalocal.checkpoint.writer import write_checkpoint
 from salalocal.device import DeviceMemory
 from salalocal.engine import load as load_module
 from salalocal.engine.engine import Engine
-from salalocal.engine.load import MAX_DEFAULT_FLOAT32_BYTES, default_dtype, load_model, weight_bytes
+from salalocal.engine.load import MAX_DEFAULT_FLOAT32_BYTES, Placement, default_dtype, load_model, weight_bytes
 from salalocal.errors import CheckpointError, MemoryBudgetError
 from salalocal.kernels.cpu_int4_matmul import max_kernel_rows
 from salalocal.model.config import SalaConfig
@@ -204,3 +204,18 @@ def test_a_quantized_folder_needs_its_packed_bytes_only(tmp_path: Path, monkeypa
     monkeypatch.setattr(load_module, "device_memory", lambda device: DeviceMemory(total_bytes=2**40, free_bytes=1000))
     with pytest.raises(MemoryBudgetError):
         load_model(checkpoint, CPU)
+
+
+def test_a_table_in_host_memory_is_not_counted_on_the_device(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(dtype=torch.bfloat16)
+    checkpoint = Checkpoint.open(written(tmp_path, config, random_tensors(config, seed, torch.bfloat16)))
+    table = 4 * config.vocab_size * config.hidden_size
+    memory = DeviceMemory(2**30, 4 * config.num_parameters - table)  # just enough for the rest in float32
+    monkeypatch.setattr(load_module, "device_memory", lambda device: memory)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # which needs a card
+    with pytest.raises(MemoryBudgetError):
+        load_model(checkpoint, CPU, torch.float32)
+    model = load_model(checkpoint, CPU, torch.float32, Placement(is_embedding_on_host=True))
+    assert torch.equal(model.model.embed_tokens.weight, checkpoint.tensor("model.embed_tokens.weight").float())

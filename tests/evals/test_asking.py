@@ -26,7 +26,7 @@ def runtime(tmp_path: Path, seed: int) -> Runtime:
 
 def stack(num_documents: int = 6) -> Stack:
     documents = tuple(
-        tiny_model.document(f"d{i}.txt", f"the value of data is in {i}\n" * 6) for i in range(num_documents)
+        tiny_model.document(f"d{i}.txt", f"the value of data is in {i}\n" * 4) for i in range(num_documents)
     )
     return Stack(documents, (100,) * num_documents)
 
@@ -52,7 +52,7 @@ def test_answers_are_those_of_a_session_however_much_is_reused(runtime: Runtime)
 
 def test_given_turns_are_read_without_stopping_at_each(runtime: Runtime) -> None:
     ids = tuple(runtime.tokenizer.encode("the value of data"))
-    turns = (*(Turn("what is this?", ids) for _ in range(40)), Turn("why?"))
+    turns = (*(Turn("what is this?", ids) for _ in range(12)), Turn("why?"))
     with tiny_model.counting_feeds(runtime) as feeds:
         answer = Asker(runtime, TOKENS).ask(Conversation(None, None, turns))
     assert len(feeds.calls) == -(-answer.context_tokens // tiny_model.CHUNK_SIZE)

@@ -57,9 +57,9 @@ def runtime(tmp_path: Path, seed: int) -> Runtime:
     return tiny_model.open_tiny_runtime(tmp_path / "tiny", seed)
 
 
-@pytest.mark.parametrize("stride", [None, 40])
+@pytest.mark.parametrize("stride", [None, 25])
 def test_the_loss_is_that_of_the_definition(runtime: Runtime, stride: int | None, seed: int) -> None:
-    made = windows(text(seed, 300, 90), PerplexityRequest(120, stride))
+    made = windows(text(seed, 130, 40), PerplexityRequest(60, stride))
     read: list[int] = []
     records = [task.run(read.append) for task in perplexity_tasks(made, runtime)]
     total, by_end = losses(records)
@@ -70,7 +70,7 @@ def test_the_loss_is_that_of_the_definition(runtime: Runtime, stride: int | None
             nats -= float(logits[index - 1].log_softmax(-1)[window.ids[index]])
             num_tokens += 1
             num_bytes += len(runtime.tokenizer.piece_bytes(window.ids[index]))
-    assert (total.num_tokens, total.num_bytes) == (num_tokens, num_bytes) == (388, num_bytes)
+    assert (total.num_tokens, total.num_bytes) == (num_tokens, num_bytes) == (168, num_bytes)
     assert total.nats == pytest.approx(nats, rel=1e-5)
     figures = total.to_json()
     assert figures["perplexity"] == pytest.approx(math.exp(nats / num_tokens), rel=1e-4)
@@ -84,18 +84,18 @@ def test_buckets_double() -> None:
 
 def test_a_study_of_files(tmp_path: Path, seed: int) -> None:
     folder = tiny_model.write_tiny_model(tmp_path / "model", seed)
-    (tmp_path / "text.txt").write_text("the value of data is in the file " * 60)
+    (tmp_path / "text.txt").write_text("the value of data is in the file " * 20)
     told: list[str] = []
     watch = Watch(lambda progress: None, told.append)
     settings = Settings(model=str(folder), device="cpu")
-    request = PerplexityRequest(200, 100)
+    request = PerplexityRequest(80, 40)
     sources = Sources((str(tmp_path / "text.txt"),), "path")
     first, second = (
         measure_perplexity(settings, request, sources, Place(tmp_path / "records"), watch) for _ in range(2)
     )
-    assert first == second and first.total.num_tokens > 300
+    assert first == second and first.total.num_tokens > 100
     plain = first.to_json()
-    assert plain["evaluation"] == "ppl" and plain["stride"] == 100 and plain["windows"] == first.num_windows > 2
+    assert plain["evaluation"] == "ppl" and plain["stride"] == 40 and plain["windows"] == first.num_windows > 2
     assert plain["by_position"][0]["up_to"] == 1024 and plain["total"]["tokens"] == first.total.num_tokens
     assert any(line.startswith("text: 1 file, ") for line in told)
 

@@ -1,5 +1,6 @@
 """Studies on disk: what a kill costs, who may go on, and what is refused."""
 
+import errno
 import json
 import os
 import subprocess
@@ -103,6 +104,31 @@ def test_damage_is_named(tmp_path: Path) -> None:
         (folder / name).write_bytes(content)
         with pytest.raises(StateError, match=name), open_study(folder, IDENTITY):
             pass
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StateError, match="cannot write") as raised, open_study(tmp_path / "file" / "s", IDENTITY):
+        pass
+    assert "--out" in raised.value.hint
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with open_study(tmp_path / "s", IDENTITY) as study, monkeypatch.context() as patch:
+        patch.setattr("salalocal.evals.study.os.fsync", full)
+        with pytest.raises(StateError, match="No space left") as raised:
+            study.run(tasks(1, []), ignore)
+    assert "make room" in raised.value.hint
+
+
+def test_what_has_no_marks_counts_none_as_right(tmp_path: Path) -> None:
+    seen: list[StudyProgress] = []
+    made = [Task(str(n), "x", 1, lambda on_tokens: (on_tokens(1), {"nats": 1.0})[1]) for n in range(3)]
+    with open_study(tmp_path, IDENTITY) as study:
+        study.run(made[:1], ignore)
+        study.run(made, seen.append)
+    assert {step.num_right for step in seen} == {None}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no locks there")

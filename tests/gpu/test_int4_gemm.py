@@ -163,17 +163,26 @@ def test_swiglu_on_the_way_out_makes_the_bits_of_two_steps(
     assert wide.isnan().all()
 
 
-@pytest.mark.parametrize("num_rows", [130, 2_048])
+WALKS = [
+    GemmLaunch(128, 128, 128, 8, 4, has_tma=True, walks=True),
+    GemmLaunch(128, 128, 128, 4, 3, has_tma=True, programs=2, walks=True),
+    GemmLaunch(256, 128, 128, 8, 4, has_tma=True, walks=True),
+]
+
+
+@pytest.mark.parametrize("num_rows", [130, 4_500])
 @pytest.mark.parametrize("epilogue", ["plain", "residual", "swiglu"])
-def test_programs_that_walk_make_the_same_bits(generator: torch.Generator, num_rows: int, epilogue: str) -> None:
+@pytest.mark.parametrize("walk", WALKS, ids=str)
+def test_programs_that_walk_make_the_same_bits(
+    generator: torch.Generator, num_rows: int, epilogue: str, walk: GemmLaunch
+) -> None:
     if compute_capability(torch.empty(0, device=CUDA).device) < 90:
         pytest.skip("no copy engine")
     x = quantize_rows(torch.randn(num_rows, 4_096, generator=generator, device=CUDA).bfloat16())
     w = torch.randint(-127, 128, (8_320, 4_096), generator=generator, device=CUDA).to(torch.int8)
     scales = torch.rand(8_320, generator=generator, device=CUDA)
     made = []
-    for walks in (False, True):
-        launch = GemmLaunch(128, 128, 128, 8, 4, has_tma=True, walks=walks)
+    for launch in (GemmLaunch(128, 128, 128, 8, 3), walk):
         width = 4_160 if epilogue == "swiglu" else 8_320
         out = torch.full((num_rows, width), torch.nan, dtype=torch.bfloat16, device=CUDA)
         if epilogue == "swiglu":

@@ -21,7 +21,9 @@ SCALE = 0.3
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows and keys at a time, so that small inputs have many tiles, and lists that fill and are cut."""
-    launch = prefill.PrefillLaunch(tile_rows=16, tile_keys=16, segment_tiles=2, num_warps=4, num_stages=2)
+    launch = prefill.PrefillLaunch(
+        tile_rows=16, tile_keys=16, segment_tiles=2, num_warps=4, num_stages=2, list_blocks=16
+    )
     monkeypatch.setattr(prefill, "LAUNCH", {80: launch})
     slices = decode.DecodeLaunch(tile_keys=16, programs_per_core=6, num_warps=4, num_stages=2)
     monkeypatch.setattr(decode, "LAUNCH", {80: slices})
@@ -141,18 +143,18 @@ def test_values_that_are_no_numbers_give_valid_blocks(seed: int) -> None:
 
 
 def test_any_cut_into_calls_and_any_strides_pick_the_same(seed: int) -> None:
-    q, keys = draw(seed, 460, 11)
+    q, keys = draw(seed, 260, 7)
     k1, k2 = (x.float().to(DEVICE) for x in pooled(keys))
     rows = q.float().to(DEVICE)
-    whole = block_topk_triton(rows, k1, k2, 449, 460, GEOMETRY, SCALE)
-    cut = 1 + seed % 9
-    parts = [(0, cut), (cut, 11)]
-    pieces = [block_topk_triton(rows[:, a:b], k1, k2, 449 + a, 449 + b, GEOMETRY, SCALE) for a, b in parts]
+    whole = block_topk_triton(rows, k1, k2, 253, 260, GEOMETRY, SCALE)
+    cut = 1 + seed % 6
+    parts = [(0, cut), (cut, 7)]
+    pieces = [block_topk_triton(rows[:, a:b], k1, k2, 253 + a, 253 + b, GEOMETRY, SCALE) for a, b in parts]
     assert torch.equal(torch.cat(pieces, 1), whole)
-    wide = torch.full((1, 8, 13, 16), math.nan, device=DEVICE)
-    wide[:, :, 1:12] = rows.transpose(1, 2)
-    strided = [wide.transpose(1, 2)[:, 1:12], *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k1, k2))]
-    assert torch.equal(block_topk_triton(*strided, 449, 460, GEOMETRY, SCALE), whole)
+    wide = torch.full((1, 8, 9, 16), math.nan, device=DEVICE)
+    wide[:, :, 1:8] = rows.transpose(1, 2)
+    strided = [wide.transpose(1, 2)[:, 1:8], *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k1, k2))]
+    assert torch.equal(block_topk_triton(*strided, 253, 260, GEOMETRY, SCALE), whole)
 
 
 def test_batches_are_independent(seed: int) -> None:
@@ -200,11 +202,12 @@ def test_decode_picks_what_float64_picks_in_a_cache_with_room(num_tokens: int, n
     assert num_different(found, exact) <= 1
 
 
-@pytest.mark.parametrize("sparse_from", [0, 129, 200])
-@pytest.mark.parametrize("first", [0, 120, 185, 196, 200])
+@pytest.mark.parametrize(
+    ("first", "sparse_from"), [(0, 0), (0, 200), (124, 0), (125, 129), (185, 200), (197, 200), (200, 129)]
+)
 def test_decode_is_dense_below_the_switch_wherever_the_step_lies(first: int, sparse_from: int, seed: int) -> None:
     """The same launches for rows below the reach (128 tokens), below the switch, and across both."""
-    num_rows = 9
+    num_rows = 6
     q, keys = draw(seed, first + num_rows, num_rows)
     k1, k2 = pooled(keys.float())
     exact = block_topk_reference(q.float().double(), k1.double(), k2.double(), first, first + num_rows, GEOMETRY, SCALE)

@@ -15,6 +15,7 @@ from salalocal.kernels.lightning_prefill import (
     Recurrence,
     lightning_prefill_triton,
     run_prefill,
+    segment_tokens_for,
 )
 from salalocal.kernels.qk_norm_rope import NormRope, qk_norm_rope_reference
 
@@ -76,13 +77,15 @@ def test_raw_heads_are_normed_and_turned_on_the_way(num_tokens: int, has_state: 
     assert_right((o, states[-1]), (q, k, v, state if has_state else torch.zeros_like(state)), turn)
 
 
-@pytest.mark.parametrize(("values", "segment", "lag"), [(16, 64, 0), (64, 32, 2), (32, 128, 1)])
+@pytest.mark.parametrize(
+    ("values", "segment", "lag", "holds"), [(16, 64, 0, True), (64, 32, 2, False), (32, 128, 1, True)]
+)
 @pytest.mark.parametrize("has_turn", (False, True), ids=("plain", "raw"))
 def test_any_cut_into_programs_is_the_recurrence(
-    values: int, segment: int, lag: int, has_turn: bool, seed: int
+    values: int, segment: int, lag: int, holds: bool, has_turn: bool, seed: int
 ) -> None:
     inputs, turn = draw(seed, 130), norm_rope(130) if has_turn else None
-    launch = replace(SMALL, segment=segment, chunk=32, values=values, lag=lag)
+    launch = replace(SMALL, segment=segment, chunk=32, values=values, lag=lag, holds_queries=holds)
     o, states = run_prefill(*inputs[:3], Recurrence(SLOPES, SCALE, inputs[3], turn), launch)
     assert_right((o, states[-1]), inputs, turn)
 
@@ -95,6 +98,12 @@ def test_long_prefill_by_the_launch_of_the_oldest_card(num_tokens: int, seed: in
     o, states = run_prefill(q, k, v, Recurrence(slopes, SCALE, state), LAUNCHES[80])
     exact = lightning_reference(*(x.double() for x in (q, k, v)), slopes.double(), SCALE, state.double())
     assert relative_error(o, exact[0]) < 4e-3 and relative_error(states[-1], exact[1]) < 2**-16
+
+
+def test_segments_are_shorter_in_short_calls() -> None:
+    launch = replace(SMALL, segment=512, chunk=64)
+    found = [segment_tokens_for(num_tokens, launch) for num_tokens in (1, 700, 1024, 1025, 4096, 8192)]
+    assert found == [128, 128, 128, 256, 512, 512]
 
 
 def test_long_calls_are_cut_into_launches(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,3 +211,28 @@ def test_weights_can_be_drawn_and_trained(seed: int) -> None:
     for name, parameter in first.named_parameters():
         assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
         assert parameter.grad.abs().max() > 0, name
+
+
+def test_a_cache_in_8_bits_is_for_one_sequence_and_moves_the_logits_little(seed: int) -> None:
+    model = build("plain", seed, torch.bfloat16)
+    with pytest.raises(ValueError, match="8 bits are for one sequence, not for 2"):
+        model.new_state(2, is_int8=True)
+    ids = tokens(model, 300, seed)
+    with torch.inference_mode():
+        expected, found = (read(model, ids, model.new_state(1, is_int8=is_int8), 50) for is_int8 in (False, True))
+    errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert 0 < float(errors[0, :90].max()) < 0.2  # all see every block
+    assert float(errors.median()) < 5e-2
+
+
+def test_states_with_keys_in_8_bits_come_back_from_a_file(seed: int, tmp_path: Path) -> None:
+    model = build("plain", seed, torch.bfloat16)
+    ids = tokens(model, 330, seed)
+    with torch.inference_mode():
+        state = model.new_state(1, is_int8=True)
+        read(model, ids[:, :270], state, 90)
+        state.save(tmp_path / "state")
+        loaded, _ = ModelState.load(tmp_path / "state", model.new_state(1, is_int8=True))
+        assert torch.equal(*(read(model, ids[:, 270:], one, 30) for one in (state, loaded)))
+        with pytest.raises(StateError, match="a layer holds"):
+            ModelState.load(tmp_path / "state", model.new_state(1))

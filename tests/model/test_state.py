@@ -4,7 +4,8 @@ import json
 import os
 import random
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,102 @@ def test_kv_cache_keeps_keys_and_values_apart(seed: int) -> None:
     assert torch.equal(cache.keys, keys) and torch.equal(cache.values, values)
     assert (cache.num_tokens, fork.num_tokens) == (70, 71)
     assert cache.nbytes == 2 * 128 * 2 * 3 * 4 * 4
+
+
+def test_room_is_made_without_harm_to_forks(seed: int) -> None:
+    draw, cache = Rows(seed), GrowingRows(spec(capacity=100), 3, 4)
+    cache.append(draw(70))
+    address = cache.storage.data_ptr()
+    cache.make_room(128)  # there already
+    assert cache.storage.data_ptr() == address and cache.storage.shape == (2, 3, 128, 4)
+    ahead = cache.fork()
+    new = draw(40)
+    ahead.append(new)
+    kept = ahead.rows.clone()
+    cache.make_room(80)  # rows from 70 on are the fork's
+    assert cache.storage.data_ptr() != ahead.storage.data_ptr() and cache.num_rows == 70
+    cache.storage[:, :, 70:80] = 7
+    cache.extend(10)
+    assert torch.equal(cache.rows[:, :70], kept[:, :70]) and (cache.rows[:, 70:] == 7).all()
+    assert torch.equal(ahead.rows, kept)
+    cache.make_room(500)
+    assert cache.storage.shape[2] >= 500 and (cache.rows[:, 70:] == 7).all()
+
+
+def test_rows_without_room_are_not_counted(seed: int) -> None:
+    cache = GrowingRows(spec(capacity=64), 3, 4)
+    cache.append(Rows(seed)(60))
+    with pytest.raises(ValueError, match="more than there is room for"):
+        cache.extend(5)
+    assert cache.num_rows == 60
+    cache.extend(4)
+    assert cache.num_rows == 64
+
+
+def int8_cache() -> KVCache:
+    return KVCache(replace(spec(batch=1, dtype=torch.bfloat16, capacity=64), is_int8=True), 3, 4)
+
+
+def test_a_cache_in_8_bits_holds_codes_and_scales(seed: int) -> None:
+    cache = int8_cache()
+    assert cache.is_int8 and cache.nbytes == 2 * 64 * 3 * (4 + 2)
+    assert {name: part.dtype for name, part in cache.storage.items()} == {
+        "k": torch.int8, "v": torch.int8, "k_scales": torch.bfloat16, "v_scales": torch.bfloat16,
+    }  # fmt: skip
+    cache.make_room(10)
+    for number, part in enumerate(cache.storage.values()):
+        part[:, :, :10] = number + 1
+    cache.extend(10)
+    fork = cache.fork()
+    assert fork.is_int8 and fork.num_tokens == 10
+    fork.make_room(200)
+    for part in fork.storage.values():
+        part[:, :, 10:] = 9
+    fork.extend(190)
+    assert cache.num_tokens == 10 and {name: int(part.sum()) for name, part in cache.tensors().items()} == {
+        "k": 120, "v": 240, "k_scales": 90, "v_scales": 120,
+    }  # fmt: skip
+    loaded = int8_cache().from_tensors({name: part.clone() for name, part in fork.tensors().items()}, 200)
+    assert all(torch.equal(part, fork.tensors()[name]) for name, part in loaded.tensors().items())
+    with pytest.raises(StateError, match="a layer holds"):
+        int8_cache().from_tensors({name: fork.tensors()[name] for name in ("k", "v")}, 200)
+    with pytest.raises(StateError, match="a layer holds"):
+        KVCache(spec(batch=1, dtype=torch.bfloat16), 3, 4).from_tensors(fork.tensors(), 200)
+
+
+def test_a_lent_state_is_settled_once_before_anyone_reads_it(seed: int, tmp_path: Path) -> None:
+    readers: dict[str, Callable[[ModelState], object]] = {
+        "fork": lambda state: state.fork(),
+        "check_whole": lambda state: state.check_whole(),
+        "save": lambda state: state.save(tmp_path / "read.safetensors"),
+        "settle": lambda state: state.settle(),
+    }
+    for name, read in readers.items():
+        state, calls = model_state(seed), []
+        state.settle()  # nothing is lent
+        state.lend(lambda calls=calls: calls.append(1))
+        read(state)
+        assert calls == [1], name
+        read(state)
+        assert calls == [1], f"{name}: settled twice"
+        state.lend(lambda calls=calls: calls.append(2))
+        state.settle()
+        assert calls == [1, 2]
+
+
+def test_what_settling_brings_up_to_date_is_what_is_saved_and_forked(seed: int, tmp_path: Path) -> None:
+    state = model_state(seed)
+    lightning = state.layers[1]
+    assert isinstance(lightning, LightningState)
+    wanted = lightning.matrix + 3
+    state.lend(lambda: lightning.advance(wanted, 0))
+    fork = state.fork()
+    assert torch.equal(fork.layers[1].tensors()["s"], wanted)
+    state.lend(lambda: lightning.advance(wanted + 1, 0))
+    state.save(tmp_path / "read.safetensors")
+    loaded, _ = ModelState.load(tmp_path / "read.safetensors", empty_state())
+    assert torch.equal(loaded.layers[1].tensors()["s"], wanted + 1)
+    assert torch.equal(fork.layers[1].tensors()["s"], wanted)
 
 
 def model_state(seed: int, num_tokens: int = 70, digest: str = "a" * 64) -> ModelState:

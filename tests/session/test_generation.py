@@ -6,6 +6,7 @@ from typing import Any, cast
 import pytest
 from tiny_model import with_stop_token
 
+from salalocal.engine.fused.decoder import GuessStats
 from salalocal.prompt.text_stream import TextStream
 from salalocal.session.generation import Generation
 from salalocal.session.runtime import Runtime
@@ -17,6 +18,7 @@ class ScriptedTokens:
     def __init__(self, ids: Sequence[int], reason: str) -> None:
         self._left, self._end = list(ids), reason
         self.reason: str | None = None
+        self.guesses = GuessStats()
 
     def __next__(self) -> int:
         if not self._left:

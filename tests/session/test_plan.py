@@ -51,7 +51,7 @@ def test_a_context_just_fits_or_just_does_not() -> None:
 def test_the_released_shape_needs_no_download() -> None:
     told: list[str] = []
     report = plan_model(Settings(model=RELEASED_MODEL), PlanFlags(2**16, 24 * GIB, "int4", "int8"), told.append)
-    assert report.fits and "released shape" in told[1] and "cannot make them yet" in told[2]
+    assert report.fits and "released shape" in told[1] and len(told) == 2
     assert report.request.options == PlanOptions(WeightFormat.INT4, CacheFormat.INT8)
     assert report.max_tokens == 524_288
     with pytest.raises(HubError):
@@ -94,7 +94,7 @@ def test_a_quantized_folder_is_planned_for_under_its_own_name(
     assert {plan.weight_bytes for plan in report.plans} == {sum(tensor.nbytes for tensor in tensors.values())}
     result = CliRunner().invoke(app, ["plan", str(folder), "--gpu-memory", "1g"])
     assert result.exit_code == 0 and f"weights {word}, " in result.output
-    other = plan_model(Settings(model=str(folder)), PlanFlags(memory_bytes=GIB, weights="bf16"), lambda _: None)
+    other = plan_model(Settings(model=str(folder)), PlanFlags(memory_bytes=24 * GIB, weights="bf16"), lambda _: None)
     assert {plan.weight_bytes for plan in other.plans} == {2 * small_config().num_parameters}
 
 

@@ -1,5 +1,8 @@
 """What pull tells and gives back, with the hub of this machine set to a fake one."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,3 +100,26 @@ def test_a_token_is_only_sent_where_the_user_is_logged_in(hub: FakeHub, monkeypa
         "Bearer hf_a_secret"
     }
     assert HubClient("https://example.invalid").endpoint == "https://example.invalid"
+
+
+AUDITED = """
+import sys
+from salalocal.checkpoint.hub import find_model
+from salalocal.session.runtime import LoadOptions, open_runtime
+folder = find_model({model!r})
+open_runtime(folder, "warm", LoadOptions("cpu"))  # what is imported on the way is imported now
+seen = []
+watched = ("pickle.", "exec", "compile", "subprocess.", "socket.", "os.system", "os.exec", "import")
+sys.addaudithook(lambda event, arguments: seen.append((event, str(arguments)[:80])) if event.startswith(watched) else 0)
+open_runtime(folder, "again", LoadOptions("cpu"))
+sys.exit(f"{{seen}}" if seen else 0)
+"""
+
+
+def test_loading_what_was_pulled_runs_no_code_and_asks_nobody(hub: FakeHub, tmp_path: Path) -> None:
+    (tmp_path / "hub" / RELEASED_MODEL / "configuration_minicpm_sala.py").write_text("raise SystemExit(3)")
+    pull()
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hf" / "hub"), "CUDA_VISIBLE_DEVICES": ""}
+    code = AUDITED.format(model=RELEASED_MODEL)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()

@@ -57,7 +57,7 @@ def test_a_plan_counts_the_weights_in_the_files(quantized_folder: Path) -> None:
     report = plan_model(Settings(model=model), PlanFlags(None, GIB), lambda _: None)
     assert report.request.options.weights is WeightFormat.INT4 and report.fits
     assert {plan.weight_bytes for plan in report.plans} == {stored}
-    dense = plan_model(Settings(model=model), PlanFlags(None, GIB, weights="bf16"), lambda _: None)
+    dense = plan_model(Settings(model=model), PlanFlags(None, 24 * GIB, weights="bf16"), lambda _: None)
     assert {plan.weight_bytes for plan in dense.plans} == {2 * Checkpoint.open(quantized_folder).config.num_parameters}
     result = CliRunner().invoke(app, ["plan", model, "--gpu-memory", "1g"])
     assert result.exit_code == 0 and "weights int4" in result.output

@@ -9,8 +9,15 @@ import tiny_tokenizer
 import torch
 
 import salalocal
+from salalocal.checkpoint.checkpoint import Checkpoint
+from salalocal.checkpoint.hub import find_model
+from salalocal.device import DeviceMemory
+from salalocal.engine.budget import CacheFormat, WeightFormat
 from salalocal.errors import CheckpointError, ContextError, HubError, MemoryBudgetError, RequestError
+from salalocal.session import runtime as runtime_module
+from salalocal.session.events import Finish
 from salalocal.session.runtime import LoadOptions, Runtime, open_runtime
+from salalocal.settings import Settings
 
 
 def test_load_opens_a_folder(tmp_path: Path, seed: int) -> None:
@@ -48,6 +55,77 @@ def test_memory_is_checked_before_the_weights_are_read(tmp_path: Path, seed: int
     folder = tiny_model.write_tiny_model(tmp_path, seed)
     with pytest.raises(MemoryBudgetError):
         open_runtime(folder, "tiny", LoadOptions("cpu", num_tokens=2**31))
+
+
+def test_options_are_what_the_settings_say() -> None:
+    settings = Settings(device="cpu", dtype="bfloat16", chunk_size=64, math="bf16", kv_cache="int8")
+    assert LoadOptions.of(settings, 1000) == LoadOptions("cpu", "bfloat16", 64, 1000, "bf16", "int8")
+    assert LoadOptions.of(Settings(), 7) == LoadOptions(num_tokens=7)
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "hint"),
+    [
+        (LoadOptions("cpu", math="int4"), "--math is 'int4', not one of bf16, int8, fp8", "--math int8"),
+        (LoadOptions("cpu", kv_cache="fp8"), "--kv-cache is 'fp8', not one of fp32, int8", "follows from the dtype"),
+        (LoadOptions("cpu", "bfloat16", kv_cache="fp32"), "not one of bf16, int8", "--dtype"),
+    ],
+)
+def test_math_and_cache_that_make_no_sense(
+    tmp_path: Path, seed: int, options: LoadOptions, said: str, hint: str
+) -> None:
+    with pytest.raises(RequestError, match=said) as refused:
+        open_runtime(tiny_model.write_tiny_model(tmp_path, seed), "tiny", options)
+    assert hint in refused.value.hint
+
+
+def test_a_cache_in_8_bits_is_asked_for_by_name(tmp_path: Path, seed: int) -> None:
+    folder = tiny_model.write_tiny_model(tmp_path, seed)
+    ids = torch.randint(3, 200, (150,), generator=torch.Generator().manual_seed(seed)).tolist()
+    runtimes = [open_runtime(folder, "tiny", LoadOptions("cpu", kv_cache=name)) for name in (None, "fp32", "int8")]
+    assert [runtime.engine.config.is_cache_int8 for runtime in runtimes] == [False, False, True]
+    usual, whole, small = (runtime.engine.new_state(100).nbytes for runtime in runtimes)
+    assert usual == whole and small < whole
+    expected, same, near = (runtime.logits(ids) for runtime in runtimes)
+    assert torch.equal(expected, same) and not torch.equal(expected, near)
+    assert (near - expected).norm() < 0.1 * expected.norm()
+
+
+def test_a_session_with_a_cache_in_8_bits(tmp_path: Path, seed: int) -> None:
+    folder = tiny_model.write_tiny_model(tmp_path, seed)
+    runtime = open_runtime(folder, "tiny", LoadOptions("cpu", chunk_size=tiny_model.CHUNK_SIZE, kv_cache="int8"))
+    session = runtime.session(pack=tiny_model.make_pack(one="alpha = 1\n" * 20))
+    sampling = salalocal.SamplingParams(max_tokens=5)
+    first, second = (list(session.ask(question, sampling))[-1] for question in ("one?", "two?"))
+    assert isinstance(first, Finish) and isinstance(second, Finish)
+    assert first.usage.context_tokens < second.usage.context_tokens and second.usage.cached_tokens > 0
+
+
+# What a run decides before it loads, on a card of which only the figures are here.
+@pytest.mark.parametrize(
+    ("gibibytes", "dtype", "is_embedding_on_host", "chunk_size", "cache"),
+    [
+        (8, torch.bfloat16, True, 8192, CacheFormat.INT8),
+        (80, torch.bfloat16, False, 8192, CacheFormat.INT8),
+        (8, torch.float16, False, 512, CacheFormat.INT8),  # the kernels of the fused engine take bf16 alone
+    ],
+)
+def test_a_card_of_some_size_gets_its_plan(
+    monkeypatch: pytest.MonkeyPatch,
+    gibibytes: int,
+    dtype: torch.dtype,
+    is_embedding_on_host: bool,
+    chunk_size: int,
+    cache: CacheFormat,
+) -> None:
+    memory = DeviceMemory(gibibytes * 2**30, gibibytes * 2**30 - 2**29)
+    monkeypatch.setattr(runtime_module, "device_memory", lambda device: memory)
+    options = LoadOptions("cuda", num_tokens=2**15, math="bf16", kv_cache="int8")
+    checkpoint = Checkpoint.open(find_model("builtin"))
+    plan = runtime_module._plan(checkpoint, torch.device("cuda"), dtype, options, "builtin")
+    assert plan.is_cuda and plan.math == "bf16" and plan.cache is cache and plan.weights is WeightFormat.INT4
+    assert (plan.is_embedding_on_host, plan.chunk_size) == (is_embedding_on_host, chunk_size)
+    assert plan.is_fused is (dtype == torch.bfloat16)
 
 
 def test_logits_are_those_of_every_token_in_fp32(runtime: Runtime, seed: int) -> None:

@@ -11,6 +11,7 @@ import tiny_model
 import torch
 from tiny_model import counting_feeds, make_pack, with_stop_token
 
+from salalocal.engine.fused.decoder import GuessStats
 from salalocal.engine.sampling_params import SamplingParams
 from salalocal.errors import ContextError, MemoryBudgetError, NumericError, PackError, RequestError
 from salalocal.model.state import ModelState
@@ -396,6 +397,7 @@ def test_thinking_is_told_apart(runtime: Runtime, monkeypatch: pytest.MonkeyPatc
 
     class Scripted:
         reason = None
+        guesses = GuessStats()
 
         def __init__(self) -> None:
             self.left = list(ids)

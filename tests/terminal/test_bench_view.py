@@ -66,6 +66,7 @@ def test_markdown_has_a_table_for_each_subject_and_says_what_is_projected() -> N
     for index in tables:
         table = [line for line in lines[index - 1 : index + 3] if line.startswith("|")]
         assert len({line.count("|") for line in table}) == 1 and len({len(line) for line in table}) == 1
+    assert "\n\n- 1m: out of memory" in text  # apart from the table, and an item of a list
     assert "| 64k |" in text.replace("     ", " ").replace("  ", " ") and "1m: out of memory: the cache" in text
     assert "2.10x" in text  # (4.0 + 0.01) / (1.9 + 0.01)
     assert text.count("projection") >= 2 and "RTX 5090" in text

@@ -2,9 +2,11 @@
 
 Without guesses the device works one step ahead: while a token is looked at, the step that feeds it runs already. A step
 in vain changes nothing that counts, see `step`. With guesses a step may bring several tokens, and the next one waits
-for them. The state is lent to the decoder meanwhile, and settled before anybody else reads it.
+for them. The state is lent to the decoder meanwhile, and settled before anybody else reads it; it holds the decoder, so
+the decoder holds it by a weak reference.
 """
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +46,7 @@ class Decoder:
         max_tokens: int,
         lookup: PromptLookup | None = None,
     ) -> None:
-        self._model, self._state, self._sampler = model, state, sampler
+        self._model, self._state, self._sampler = model, weakref.proxy(state), sampler
         self._left = max_tokens
         self._lookup = lookup
         self._run: _Run | None = None
@@ -75,7 +77,10 @@ class Decoder:
 
 
 class _Run:
-    """Steps over a reserved room of some tokens, until it is full or the state is wanted back."""
+    """Steps over a reserved room of some tokens, until it is full or the state is wanted back.
+
+    `state` is a weak reference.
+    """
 
     def __init__(self, model: FusedModel, state: ModelState, token: int, sampler: Sampler, room: int) -> None:
         device = model.model.device

@@ -22,14 +22,15 @@ _LEAST_TILE = 16  # what tl.dot takes at least
 
 @dataclass(frozen=True)
 class DecodeLaunch:
-    """`parts`: programs that share the blocks of a row and KV head when there is one row; more rows take fewer."""
+    """`programs`: so many share the blocks of all rows of a KV head, but at most `parts` those of one row."""
 
+    programs: int
     parts: int
     num_warps: int
 
 
 # By compute capability; the one at or below the card's is taken.
-LAUNCH = {80: DecodeLaunch(parts=96, num_warps=4)}
+LAUNCH = {80: DecodeLaunch(programs=256, parts=96, num_warps=8)}
 
 
 @triton.jit
@@ -137,7 +138,7 @@ def block_attention_decode(
     check_supported(q, cached, picks, block_size)
     launch = entry_of_card(LAUNCH, compute_capability(q.device))
     constants = decode_constants(num_heads // num_groups, dim, block_size, q.dtype)
-    parts = max(1, launch.parts // num_rows)
+    parts = min(launch.parts, max(1, launch.programs // num_rows))
     heads = num_heads // num_groups
     outs = torch.empty(num_rows, num_groups, parts, heads, dim, dtype=torch.float32, device=q.device)
     weights = torch.empty(num_rows, num_groups, parts, 2, heads, dtype=torch.float32, device=q.device)

@@ -24,11 +24,12 @@ _NO_BLOCK = 2**20  # more than any block number, with room for the bits of a row
 
 @dataclass(frozen=True)
 class PrefillLaunch:
-    """Tile sizes. `rows`: query rows that share a union, at most 8."""
+    """Tile sizes. `rows`: query rows that share a union, at most 8; `max_registers`: of a thread."""
 
     rows: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 # By compute capability; the one at or below the card's is taken.
@@ -89,15 +90,14 @@ def _attend_block(
     else:
         k = tl.load(k_ptr + tokens[:, None] * stride_kn + dims[None, :])
         v = tl.load(v_ptr + tokens[:, None] * stride_vn + dims[None, :])
-    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * log2_scale
+    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
     if k_scales_ptr is not None:
         scores *= tl.load(k_scales_ptr + tokens * stride_sn, mask=is_there, other=0.0).to(tl.float32)[None, :]
-    has_picked = ((entry >> tile_row) & 1) > 0
-    scores = tl.where(has_picked[:, None], scores, float("-inf"))
     if IS_LAST:
         scores = tl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_peak[:, None])
+    has_picked = ((entry >> tile_row) & 1) > 0  # of a row that has not, all weights are 0
+    new_peak = tl.where(has_picked, tl.maximum(peak, tl.max(scores, 1) * log2_scale), peak)
+    weights = tl.exp2(scores * log2_scale - tl.where(has_picked, new_peak, float("inf"))[:, None])
     rescale = tl.exp2(peak - new_peak)
     total = total * rescale + tl.sum(weights, 1)
     if v_scales_ptr is not None:
@@ -168,7 +168,7 @@ def merge_blocks(blocks: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     counts = torch.empty(grid[1], grid[0], dtype=torch.int32, device=blocks.device)
     _merge_blocks_kernel[grid](
         blocks, union, counts, num_rows, num_groups, num_picks, union.shape[2], *blocks.stride()[:3],
-        ROWS=rows, PICKS=triton.next_power_of_2(num_picks), NO_BLOCK=_NO_BLOCK, num_warps=1,
+        ROWS=rows, PICKS=triton.next_power_of_2(num_picks), NO_BLOCK=_NO_BLOCK, num_warps=max(1, rows // 4),
     )  # fmt: skip
     return union, counts
 
@@ -196,7 +196,7 @@ def block_attention_triton(
         q, k, v, k_scales, v_scales, out, union, counts, first_position, num_rows, k.shape[1], num_groups,
         union.shape[2], scale * LOG2_E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *((0, 0, 0) if k_scales is None else k_scales.stride()), *out.stride()[:3],
-        **constants, num_warps=launch.num_warps, num_stages=launch.num_stages,
+        **constants, num_warps=launch.num_warps, num_stages=launch.num_stages, maxnreg=launch.max_registers,
     )  # fmt: skip
     return out
 

@@ -37,7 +37,11 @@ class DecodeLaunch:
 
 
 # By compute capability; the one at or below the card's is taken.
-LAUNCH = {80: DecodeLaunch(tile_keys=64, programs_per_core=1, num_warps=4, num_stages=3)}
+LAUNCH = {
+    80: DecodeLaunch(tile_keys=64, programs_per_core=1, num_warps=4, num_stages=3),
+    90: DecodeLaunch(tile_keys=128, programs_per_core=2, num_warps=4, num_stages=2),
+    120: DecodeLaunch(tile_keys=64, programs_per_core=1, num_warps=4, num_stages=3),
+}
 
 
 @triton.jit
@@ -136,6 +140,15 @@ def _score_kernel(
 
 
 @triton.jit
+def _block_scores(starts_ptr, ends_ptr, block, first_free, end_free):
+    """The scores of some blocks, and which of them can be chosen."""
+    can_be = (block >= first_free) & (block < end_free)
+    start = tl.load(starts_ptr + block, mask=can_be, other=0.0)
+    end = tl.load(ends_ptr + block - 1, mask=can_be & (block > 0), other=LOWEST)
+    return tl.maximum(start, end), can_be
+
+
+@triton.jit
 def _choose_kernel(
     starts_ptr, ends_ptr, position_ptr, picks_ptr, num_groups, num_picks, sparse_from, capacity, stride_pt, stride_pg,
     BLOCKS: tl.constexpr, PICKS_TILE: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
@@ -153,13 +166,16 @@ def _choose_kernel(
     if (own < BUDGET) | (position < sparse_from):  # every block
         tl.store(picks_ptr + columns, tl.where(columns <= own, columns, -1).to(tl.int64), mask=columns < num_picks)
     else:
-        block = tl.arange(0, BLOCKS)[None, None, :]
-        can_be = (block >= INIT) & (block < own - LOCAL)
-        at = (row * num_groups + group) * capacity + block
-        start = tl.load(starts_ptr + at, mask=can_be, other=0.0)
-        end = tl.load(ends_ptr + at - 1, mask=can_be & (block > 0), other=LOWEST)
-        is_picked, place, _, _ = largest_of_lists(tl.maximum(start, end), can_be, FREE, 1, 1)
-        tl.store(picks_ptr + INIT + place, block.to(tl.int64), mask=is_picked)
+        lists = (row * num_groups + group) * capacity
+        front = tl.arange(0, BLOCKS // 2)[None, :]
+        back = front + BLOCKS // 2
+        front_scores, can_be_front = _block_scores(starts_ptr + lists, ends_ptr + lists, front, INIT, own - LOCAL)
+        back_scores, can_be_back = _block_scores(starts_ptr + lists, ends_ptr + lists, back, INIT, own - LOCAL)
+        keeps_front, to_front, keeps_back, to_back, _, _ = largest_of_lists(
+            front_scores, back_scores, can_be_front, can_be_back, FREE, 1, True
+        )
+        tl.store(picks_ptr + INIT + to_front, front.to(tl.int64), mask=keeps_front)
+        tl.store(picks_ptr + INIT + to_back, back.to(tl.int64), mask=keeps_back)
         forced = tl.where(columns < INIT, columns, own - LOCAL + columns - INIT - FREE)
         forced = tl.where(columns < BUDGET, forced, -1)
         is_forced = ((columns < INIT) | (columns >= INIT + FREE)) & (columns < num_picks)
@@ -206,7 +222,7 @@ def block_topk_decode(
         *q_strides, k1.stride(1), k1.stride(2), PARTS=triton.next_power_of_2(num_parts),
         **_only(constants, "ROWS HEADS DIM KEYS PER_BLOCK BLOCK LOCAL PRECISION STAGES HAS_ASM"), **settings,
     )  # fmt: skip
-    blocks = triton.next_power_of_2(capacity)
+    blocks = max(2, triton.next_power_of_2(capacity))
     if blocks > _MOST_BLOCKS:
         raise BackendError(f"block choice: {k1.shape[1]:,} pooled keys, {_MOST_BLOCKS:,} blocks are supported")
     _choose_kernel[(num_rows, num_groups)](

@@ -35,47 +35,55 @@ _MOST_ROWS = 8  # whose lists are cut at once: they pass through shared memory
 @dataclass(frozen=True)
 class PrefillLaunch:
     """Tile sizes. `tile_rows`: query rows times heads; `tile_keys`: k1 or k2 at a time; `segment_tiles`: tiles whose
-    blocks enter the lists together; `programs_per_core`: that stay on a multiprocessor; `high`: windows of a block that
-    lie in different halves of a tile, 2 where a warp has rows of both; `has_tma`: keys are read by the copy engine."""
+    blocks enter the lists together; `list_blocks`: room of a list; `programs_per_core`: that stay on a multiprocessor;
+    `high`: windows of a block that lie in different halves of a tile, 2 where a warp has rows of both; `has_tma`: keys
+    are read by the copy engine; `max_registers`: of a thread."""
 
     tile_rows: int
     tile_keys: int
     segment_tiles: int
     num_warps: int
     num_stages: int
+    list_blocks: int = 256
     programs_per_core: int = 2
     high: int = 1
     has_tma: bool = False
-    max_registers: int | None = None  # per thread; what the rare cutting of the lists spills for it costs little
+    max_registers: int | None = None
 
 
 # By compute capability; the one at or below the card's is taken.
 LAUNCH = {
-    80: PrefillLaunch(tile_rows=128, tile_keys=64, segment_tiles=16, num_warps=8, num_stages=3),
-    86: PrefillLaunch(tile_rows=128, tile_keys=64, segment_tiles=16, num_warps=8, num_stages=2),
-    90: PrefillLaunch(tile_rows=128, tile_keys=128, segment_tiles=8, num_warps=8, num_stages=2, max_registers=128),
-    120: PrefillLaunch(tile_rows=128, tile_keys=64, segment_tiles=16, num_warps=8, num_stages=2),
+    80: PrefillLaunch(tile_rows=128, tile_keys=64, segment_tiles=8, num_warps=8, num_stages=3),
+    86: PrefillLaunch(tile_rows=128, tile_keys=64, segment_tiles=8, num_warps=8, num_stages=2),
+    90: PrefillLaunch(128, 128, segment_tiles=4, num_warps=8, num_stages=2, has_tma=True, max_registers=128),
+    120: PrefillLaunch(tile_rows=128, tile_keys=64, segment_tiles=8, num_warps=8, num_stages=2),
 }
 
 
 @triton.jit
 def _cut_lists(floats_ptr, ints_ptr, ROWS: tl.constexpr, CAPACITY: tl.constexpr, FREE: tl.constexpr):
     """Keep the FREE largest of every row's list in the order they came, ties to the earlier; the least one kept."""
-    WIDTH: tl.constexpr = min(128, CAPACITY)  # a row of it is a warp's
-    PARTS: tl.constexpr = CAPACITY // WIDTH
-    columns = (tl.arange(0, PARTS) * WIDTH)[:, None, None] + tl.arange(0, WIDTH)[None, None, :]
+    HALF: tl.constexpr = CAPACITY // 2
     row = tl.arange(0, ROWS)
-    scores_at = floats_ptr + ROWS + (row * CAPACITY)[None, :, None]
-    blocks_at = ints_ptr + ROWS + (row * CAPACITY)[None, :, None]
+    column = tl.arange(0, HALF)[None, :]
+    front_at = ROWS + (row * CAPACITY)[:, None] + column
     tl.debug_barrier()  # what other threads appended must be seen
-    is_there = columns < tl.load(ints_ptr + row)[None, :, None]
-    scores = tl.load(scores_at + columns, mask=is_there, other=0.0)
-    kept, to, counts, least = largest_of_lists(scores, is_there, FREE, PARTS, ROWS)
-    blocks = tl.load(blocks_at + columns, mask=kept, other=0)
+    counts = tl.load(ints_ptr + row)[:, None]
+    has_front, has_back = column < counts, column + HALF < counts
+    front = tl.load(floats_ptr + front_at, mask=has_front, other=0.0)
+    back = tl.load(floats_ptr + front_at + HALF, mask=has_back, other=0.0)
+    keeps_front, to_front, keeps_back, to_back, kept, least = largest_of_lists(
+        front, back, has_front, has_back, FREE, ROWS, False
+    )
+    front_blocks = tl.load(ints_ptr + front_at, mask=keeps_front, other=0)
+    back_blocks = tl.load(ints_ptr + front_at + HALF, mask=keeps_back, other=0)
     tl.debug_barrier()
-    tl.store(scores_at + to, scores, mask=kept)
-    tl.store(blocks_at + to, blocks, mask=kept)
-    tl.store(ints_ptr + row, counts)
+    lists = ROWS + (row * CAPACITY)[:, None]
+    tl.store(floats_ptr + lists + to_front, front, mask=keeps_front)
+    tl.store(floats_ptr + lists + to_back, back, mask=keeps_back)
+    tl.store(ints_ptr + lists + to_front, front_blocks, mask=keeps_front)
+    tl.store(ints_ptr + lists + to_back, back_blocks, mask=keeps_back)
+    tl.store(ints_ptr + row, kept)
     tl.store(floats_ptr + row, least)
     tl.debug_barrier()
 
@@ -267,8 +275,8 @@ def _block_topk_prefill_kernel(
         turned = tl.trans(q)
         _walk_keys(
             turned, keys_ptr, batch, group, stride_k1n, num_keys, normaliser, log2_scale, floats_ptr, ints_ptr, INIT,
-            own - LOCAL, ROWS, HEADS, DIM, KEYS, SEGMENT, CAPACITY, PER_BLOCK, HIGH, LOCAL, FREE, PRECISION, STAGES, HAS_ASM,
-            HAS_TMA, False,
+            own - LOCAL, ROWS, HEADS, DIM, KEYS, SEGMENT, CAPACITY, PER_BLOCK, HIGH, LOCAL, FREE, PRECISION, STAGES,
+            HAS_ASM, HAS_TMA, False,
         )  # fmt: skip
         kept = tl.arange(0, BUDGET_TILE)[None, :]
         scores = tl.load(floats_ptr + ROWS + lanes[:, None] * CAPACITY + kept, mask=kept < FREE, other=0.0)
@@ -280,8 +288,8 @@ def _block_topk_prefill_kernel(
             tl.debug_barrier()  # all have read the list
             _walk_keys(
                 turned, keys_ptr, batch, group, stride_k1n, num_keys, normaliser, log2_scale, floats_ptr, ints_ptr,
-                INIT, own - LOCAL, ROWS, HEADS, DIM, KEYS, SEGMENT, CAPACITY, PER_BLOCK, HIGH, LOCAL, FREE, PRECISION, STAGES,
-                HAS_ASM, HAS_TMA, True,
+                INIT, own - LOCAL, ROWS, HEADS, DIM, KEYS, SEGMENT, CAPACITY, PER_BLOCK, HIGH, LOCAL, FREE, PRECISION,
+                STAGES, HAS_ASM, HAS_TMA, True,
             )  # fmt: skip
 
         columns = tl.arange(0, BUDGET_TILE)[None, :]
@@ -367,7 +375,7 @@ def prefill_constants(
         "DIM": dim,
         "KEYS": keys,
         "SEGMENT": launch.segment_tiles,
-        "CAPACITY": 2 * triton.next_power_of_2(max(segment_blocks, geometry.free_blocks)),
+        "CAPACITY": triton.next_power_of_2(max(launch.list_blocks, segment_blocks + geometry.free_blocks)),
         "COARSE_SIZE": geometry.coarse_kernel_size,
         "COARSE_STRIDE": geometry.coarse_kernel_stride,
         "PER_BLOCK": geometry.pooled_per_block,

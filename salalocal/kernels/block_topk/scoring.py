@@ -73,34 +73,60 @@ def _ordered_bits(scores):
 
 
 @triton.jit
-def largest_of_lists(scores, is_there, COUNT: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr):
-    """The COUNT largest of every row's scores [PARTS, ROWS, N], which stand part by part, ties to the front.
+def largest_of_lists(front, back, has_front, has_back, COUNT: tl.constexpr, ROWS: tl.constexpr, STOPS: tl.constexpr):
+    """The COUNT largest of every row's scores, of which the first half is in front and the other in back [ROWS, N].
 
-    Truth of that shape; the place of each among those kept, in their order; per row how many are kept, and the least of
-    them, or -inf if there are fewer than COUNT. Bit by bit; best where a row lies within one warp. A row has fewer than
-    65,536 scores.
+    For each half, which are kept and the place of each among those kept; ties go to the left. Per row how many are
+    kept, and the least of them, or -inf if there are fewer than COUNT. Bit by bit: best where each half of a row lies
+    within a warp, which is why there are two. A row has fewer than 65,536 scores. STOPS: as soon as the bits so far
+    tell the COUNT largest of every row from the others, which asks all threads after each bit; the least is then a
+    bound.
     """
-    ordered = tl.where(is_there, _ordered_bits(scores), 0)
+    front = tl.where(has_front, _ordered_bits(front), 0)
+    back = tl.where(has_back, _ordered_bits(back), 0)
     threshold = tl.zeros([ROWS], tl.uint32)  # the largest number that COUNT of them reach
     one = tl.full([ROWS], 1, tl.uint32)
-    for step in range(32):
-        higher = threshold | (one << (31 - step))
-        reached = tl.sum(tl.sum((ordered >= higher[None, :, None]).to(tl.int32), 0), 1)
-        threshold = tl.where(reached >= COUNT, higher, threshold)
-    is_above = ordered > threshold[None, :, None]
-    is_tied = is_there & (ordered == threshold[None, :, None])
-    # Both are counted at once: those above in the low half.
-    both = is_above.to(tl.uint32) + (is_tied.to(tl.uint32) << 16)
-    totals = tl.sum(both, 2)
-    before = tl.cumsum(totals, 0) - totals
-    ranks = tl.cumsum(both, 2) + before[:, :, None]
-    totals = tl.sum(totals, 0)
-    num_above, num_tied = (totals & 0xFFFF).to(tl.int32), (totals >> 16).to(tl.int32)
+    if STOPS:
+        bit = 31
+        while bit >= 0:
+            higher = threshold | (one << bit)
+            reached = _num_reached(front, back, higher)
+            threshold = tl.where(reached >= COUNT, higher, threshold)
+            bit = tl.where(tl.max((reached != COUNT).to(tl.int32)) > 0, bit - 1, -1)
+    else:
+        for step in range(32):
+            higher = threshold | (one << (31 - step))
+            threshold = tl.where(_num_reached(front, back, higher) >= COUNT, higher, threshold)
+    front_ranks, front_total = _ranks(front, has_front, threshold)
+    back_ranks, back_total = _ranks(back, has_back, threshold)
+    total = front_total + back_total
+    num_above, num_tied = (total & 0xFFFF).to(tl.int32), (total >> 16).to(tl.int32)
     places = COUNT - num_above
-    rank_above, rank_tied = (ranks & 0xFFFF).to(tl.int32), (ranks >> 16).to(tl.int32)
-    kept = is_above | (is_tied & (rank_tied <= places[None, :, None]))
-    at = rank_above + tl.minimum(rank_tied, places[None, :, None]) - 1
+    keeps_front, to_front = _places(front, has_front, front_ranks, threshold, places)
+    keeps_back, to_back = _places(back, has_back, back_ranks + front_total[:, None], threshold, places)
     counts = num_above + tl.minimum(num_tied, places)
     signed = (threshold ^ 0x80000000).to(tl.int32, bitcast=True)
     least = (signed ^ ((signed >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    return kept, at, counts, tl.where(counts < COUNT, float("-inf"), least)
+    return keeps_front, to_front, keeps_back, to_back, counts, tl.where(counts < COUNT, float("-inf"), least)
+
+
+@triton.jit
+def _num_reached(front, back, threshold):
+    """How many of both halves reach the threshold, per row."""
+    return tl.sum((front >= threshold[:, None]).to(tl.int32) + (back >= threshold[:, None]).to(tl.int32), 1)
+
+
+@triton.jit
+def _ranks(ordered, is_there, threshold):
+    """How many scores up to each are above the threshold and, in the high half of the number, how many equal it."""
+    is_tied = is_there & (ordered == threshold[:, None])
+    both = (ordered > threshold[:, None]).to(tl.uint32) + (is_tied.to(tl.uint32) << 16)
+    return tl.cumsum(both, 1), tl.sum(both, 1)
+
+
+@triton.jit
+def _places(ordered, is_there, ranks, threshold, places):
+    """Whether a score is kept, and behind how many others; `places` are left for those that equal the threshold."""
+    above, tied = (ranks & 0xFFFF).to(tl.int32), (ranks >> 16).to(tl.int32)
+    is_tied = is_there & (ordered == threshold[:, None]) & (tied <= places[:, None])
+    return (ordered > threshold[:, None]) | is_tied, above + tl.minimum(tied, places[:, None]) - 1

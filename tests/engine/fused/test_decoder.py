@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from fused_cases import CPU, packed_model, random_ids, read_by_modules, relative_error
 
-from fused_cases import CPU, packed_model, random_ids, relative_error
 from salalocal.engine.fused.decoder import Decoder
 from salalocal.engine.fused.model import FusedModel
 from salalocal.engine.sampling import Sampler
@@ -20,18 +20,21 @@ def model() -> FusedModel:
 
 
 def read(model: FusedModel, seed: int, count: int = 130) -> ModelState:
-    state = model.model.new_state(1, count + 16)
-    with torch.inference_mode():
-        model(torch.tensor([random_ids(seed, count)]), state)
-    return state
+    return read_by_modules(model.model, random_ids(seed, count))
+
+
+def drawn(decoder: Decoder, first: int, count: int) -> list[int]:
+    """The first token and so many behind it."""
+    tokens = [first]
+    for _ in range(count):
+        tokens.append(decoder.next_token(tokens[-1]))
+    return tokens
 
 
 def test_a_state_is_what_it_would_be_had_its_tokens_been_read(seed: int, model: FusedModel) -> None:
     state = read(model, seed)
     again = state.fork()
-    decoder, tokens = Decoder(model, state, Sampler(GREEDY), 8), [7]
-    for _ in range(3):
-        tokens.append(decoder.next_token(tokens[-1]))
+    tokens = drawn(Decoder(model, state, Sampler(GREEDY), 8), 7, 3)
     assert state.num_tokens == again.num_tokens + 3
     with torch.inference_mode():
         model(torch.tensor([tokens[:3]]), again)
@@ -43,9 +46,8 @@ def test_a_state_is_what_it_would_be_had_its_tokens_been_read(seed: int, model: 
 
 def test_forks_made_in_the_middle_go_their_own_ways(seed: int, model: FusedModel) -> None:
     state = read(model, seed)
-    alone, tokens = Decoder(model, state.fork(), Sampler(GREEDY), 8), [9]
-    for _ in range(5):
-        tokens.append(alone.next_token(tokens[-1]))
+    alone = state.fork()
+    tokens = drawn(Decoder(model, alone, Sampler(GREEDY), 8), 9, 5)
     decoder, forks = Decoder(model, state, Sampler(GREEDY), 8), []
     for step in range(5):
         assert decoder.next_token(tokens[step]) == tokens[step + 1]
@@ -54,17 +56,31 @@ def test_forks_made_in_the_middle_go_their_own_ways(seed: int, model: FusedModel
     assert [late.next_token(token) for token in tokens[2:5]] == tokens[3:]
 
 
-def test_drawn_tokens_are_those_of_the_sampler(seed: int, model: FusedModel) -> None:
-    params = SamplingParams(max_tokens=8, temperature=0.9, top_p=0.95, top_k=50, seed=seed)
-    state = read(model, seed)
-    logits_state, sampler, tokens = state.fork(), Sampler(params), [5]
-    decoder = Decoder(model, state, Sampler(params), 8)
-    for _ in range(4):
-        tokens.append(decoder.next_token(tokens[-1]))
-    for token, drawn in zip(tokens[:-1], tokens[1:], strict=True):
-        with torch.inference_mode():
-            logits = model.model.logits(model(torch.tensor([[token]]), logits_state)[0, -1])
-        assert sampler.sample(logits) == drawn
+@pytest.mark.parametrize(("top_k", "top_p"), [(50, 0.95), (0, 1.0)])
+def test_drawn_tokens_are_those_of_the_sampler(seed: int, model: FusedModel, top_k: int, top_p: float) -> None:
+    params = SamplingParams(max_tokens=8, temperature=0.9, top_p=top_p, top_k=top_k, seed=seed)
+    state, logits, sampler = read(model, seed), [], Sampler(params)
+    with pytest.MonkeyPatch.context() as patch:
+        compute = model.model.logits
+        patch.setattr(model.model, "logits", lambda hidden: logits.append(compute(hidden)) or logits[-1])
+        tokens = drawn(Decoder(model, state, Sampler(params), 8), 5, 4)
+    assert tokens[1:] == [sampler.sample(row[0]) for row in logits[:4]]
+
+
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_steps_that_choose_blocks_attend_as_the_modules_do(seed: int, model: FusedModel, is_int8: bool) -> None:
+    ids, hidden = random_ids(seed, 500), []  # eight blocks, of which six are picked
+    state = read_by_modules(model.model, ids, is_int8)
+    expected_state = state.fork()
+    with pytest.MonkeyPatch.context() as patch:
+        compute = model.model.logits
+        patch.setattr(model.model, "logits", lambda last: hidden.append(last) or compute(last))
+        tokens = drawn(Decoder(model, state, Sampler(GREEDY), 8), 6, 6)
+    with torch.inference_mode():
+        expected = model.model(torch.tensor([tokens[:6]]), expected_state)[0]
+    errors = [relative_error(row, wanted) for row, wanted in zip(torch.cat(hidden)[:6], expected, strict=True)]
+    # Two blocks with nearly the same score may change places, in one row or another.
+    assert sorted(errors)[2] < 3e-2
 
 
 def test_numbers_that_are_none_end_the_answer(seed: int, model: FusedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,10 +92,9 @@ def test_numbers_that_are_none_end_the_answer(seed: int, model: FusedModel, monk
 
 def test_room_is_made_anew_when_it_is_used_up(seed: int, model: FusedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     state = read(model, seed)
-    long, tokens = Decoder(model, state.fork(), Sampler(GREEDY), 6), [4]
-    for _ in range(6):
-        tokens.append(long.next_token(tokens[-1]))
+    other = state.fork()
+    tokens = drawn(Decoder(model, other, Sampler(GREEDY), 6), 4, 6)
     monkeypatch.setattr("salalocal.engine.fused.decoder.ROOM_TOKENS", 2)
     short = Decoder(model, state, Sampler(GREEDY), 6)
     assert [short.next_token(token) for token in tokens[:6]] == tokens[1:]
-    assert CPU == state.layers[0].tensors()["s"].device
+    assert state.layers[0].tensors()["s"].device == CPU

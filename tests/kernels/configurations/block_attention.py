@@ -6,7 +6,7 @@ import torch
 from compile_case import ARCHITECTURES, CompileCase
 
 from salalocal.kernels.backend import entry_of_card
-from salalocal.kernels.block_attention import prefill
+from salalocal.kernels.block_attention import decode, prefill
 from salalocal.kernels.block_attention.decode import (
     _attend_part_kernel,
     _join_parts_kernel,
@@ -44,6 +44,7 @@ CASES = [
         | ({"stride_sn": 1} if is_quantized else dict.fromkeys(SCALES)),
         num_warps=entry_of_card(prefill.LAUNCH, architecture).num_warps,
         num_stages=entry_of_card(prefill.LAUNCH, architecture).num_stages,
+        max_registers=entry_of_card(prefill.LAUNCH, architecture).max_registers,
         divisible=tuple(
             name
             for name in (*TENSORS, *UNIONS, *STRIDES)
@@ -92,7 +93,7 @@ def decode_case(
         kernel,
         DECODE_TYPES | (CODES if is_quantized else {}),
         constants | absent | {"PDL": min(architectures) >= 90},
-        num_warps=4,
+        num_warps=entry_of_card(decode.LAUNCH, min(architectures)).num_warps if kernel is _attend_part_kernel else 4,
         divisible=tuple(name for name in DECODE_ALIGNED if name in kernel.arg_names and name not in absent),
         architectures=architectures,
     )

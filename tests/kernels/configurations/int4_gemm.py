@@ -27,7 +27,7 @@ EPILOGUE_SPILL_BYTES = 96
 
 # The settings of mma.sync cards with the most shared memory or registers; sm_89 runs the code of sm_86.
 OTHERS = (80, 86)
-LARGEST = (GemmLaunch(128, 128, 128, 8, 4, programs=2), GemmLaunch(128, 128, 128, 4, 3))
+LARGEST = (GemmLaunch(128, 128, 128, 8, 4, programs=2),)
 
 
 def int4_case(
@@ -87,7 +87,8 @@ def int8_case(launch: GemmLaunch, epilogue: str, cards: tuple[int, ...]) -> Comp
 
 
 def gemm_cases() -> list[CompileCase]:
-    """Every setting once: on sm_90 or, without wgmma, on sm_120; what needs most also on the others of its kind."""
+    """Every setting once: on the card of its table, those of the int4 GEMM without wgmma on sm_120; what needs most
+    also on the others of its kind."""
     cases = []
     for math, table in TABLES.items():
         cards: dict[GemmLaunch, set[int]] = {}
@@ -95,7 +96,8 @@ def gemm_cases() -> list[CompileCase]:
             for _, found in rows:
                 for launch in [found] if isinstance(found, GemmLaunch) else found:
                     shape = replace(launch, span=8, programs=min(launch.programs, 2))  # what changes the code
-                    cards.setdefault(shape, set()).add(90 if oldest == 90 else 120)
+                    is_alike = oldest in (80, 120) and math != "scratch"
+                    cards.setdefault(shape, set()).add(120 if is_alike else oldest)
         for launch, known in cards.items():
             shipped = tuple(sorted(known | (set(OTHERS) if launch in LARGEST else set())))
             if math == "scratch":

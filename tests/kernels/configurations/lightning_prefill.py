@@ -26,11 +26,10 @@ POINTERS = dict.fromkeys(NARROW, "*bf16") | dict.fromkeys(WIDE, "*fp32")
 TYPES = (
     POINTERS
     | {"positions_ptr": "*i64", "counters_ptr": "*i32", "scale": "fp32"}
-    | dict.fromkeys(("num_tokens", "num_rows", *STRIDES), "i32")
+    | dict.fromkeys(("num_tokens", "segment_tokens", "num_rows", *STRIDES), "i32")
 )
-DIVISIBLE = (*POINTERS, "counters_ptr", "num_rows", *STRIDES)
+DIVISIBLE = (*POINTERS, "counters_ptr", *STRIDES)
 ARCHITECTURES = {80: (80, 86, 89), 90: (90,), 100: (120,)}  # that take an entry of LAUNCHES
-KNOWN_SPILL_BYTES = {(90, True): 24}  # frequencies and weights of the norm, once a chunk
 
 
 def case(name: str, kernel: Any, constants: dict[str, Any], **settings: Any) -> CompileCase:
@@ -43,12 +42,12 @@ def case(name: str, kernel: Any, constants: dict[str, Any], **settings: Any) -> 
 def prefill_case(launch: PrefillLaunch, is_raw: bool, cards: tuple[int, ...]) -> CompileCase:
     """Plain heads from no state, or raw ones from a state."""
     constants = HEADS | {
-        "SEGMENT": launch.segment,
         "CHUNK": launch.chunk,
         "VALUES": launch.values,
         "LAG": launch.lag,
         "SUM_STAGES": launch.sum_stages,
         "OUTPUT_STAGES": launch.output_stages,
+        "HOLDS_QUERIES": launch.holds_queries,
         "HAS_STATE": is_raw,
         "TURN": is_raw,
     }
@@ -57,10 +56,9 @@ def prefill_case(launch: PrefillLaunch, is_raw: bool, cards: tuple[int, ...]) ->
         absent += ("positions_ptr", "frequencies_ptr")
         constants |= dict.fromkeys(absent)
     stages = f"{launch.sum_stages}+{launch.output_stages}s"
-    name = f"prefill {launch.segment}/{launch.chunk}x{launch.values} {launch.num_warps}w {stages}"
-    settings = {"num_warps": launch.num_warps, "architectures": cards, "max_registers": launch.max_registers}
-    spill_bytes = KNOWN_SPILL_BYTES.get((cards[0], is_raw), 0)
-    return case(name + " raw" * is_raw, _prefill_kernel, constants, max_spill_bytes=spill_bytes, **settings)
+    name = f"prefill {launch.chunk}x{launch.values} {launch.num_warps}w {stages}"
+    settings = {"num_warps": launch.num_warps, "architectures": cards}
+    return case(name + " raw" * is_raw, _prefill_kernel, constants, **settings)
 
 
 CASES = [

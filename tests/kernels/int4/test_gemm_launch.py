@@ -40,5 +40,5 @@ def test_every_table_ends_with_any_number_of_rows_and_names_the_cards_without_wg
     for capability, rows in table.items():
         bounds = [most for most, _ in rows]
         assert bounds[-1] is None and bounds[:-1] == sorted(most for most in bounds if most is not None)
-        if capability < 90 or table is not INT8_LAUNCH and capability == 120:
+        if capability < 90 or (table is not INT8_LAUNCH and capability == 120):
             assert not any(pick_launch(table, capability, m, *WIDE).has_tma for m in (1, 64, 256, 9_999))

@@ -116,3 +116,29 @@ def test_contents_come_back_or_are_refused(seed: int) -> None:
     for wrong in ({}, {"s": state.matrix, "t": state.matrix}, {"s": state.matrix[:, :1]}, {"s": state.matrix.double()}):
         with pytest.raises(StateError):
             like.from_tensors(wrong, 9)
+
+
+def test_a_matrix_that_a_fork_may_share_is_written_to_as_a_copy(seed: int) -> None:
+    matrix = draw(seed, 1, 2, 4, 4)
+    state = LightningState(matrix.clone(), 5)
+    assert state.writable() is state.matrix  # alone: in place
+    fork = state.fork()
+    for one, other in ((fork, state), (state, fork)):
+        kept = other.matrix.clone()
+        one.writable().add_(1)
+        one.extend(1)
+        assert torch.equal(other.matrix, kept)
+    assert torch.equal(state.matrix, matrix + 1) and torch.equal(fork.matrix, matrix + 1)
+    assert (state.num_tokens, fork.num_tokens) == (6, 6)
+    address = fork.writable().data_ptr()
+    assert fork.writable().data_ptr() == address  # its own by now: no second copy
+    fork.fork()
+    assert fork.writable().data_ptr() != address
+
+
+def test_a_matrix_put_in_place_is_nobody_elses(seed: int) -> None:
+    state = LightningState(draw(seed, 1, 2, 4, 4), 5)
+    fork = state.fork()
+    new = draw(seed + 1, 1, 2, 4, 4)
+    state.advance(new, 3)
+    assert state.writable() is new and state.num_tokens == 8 and fork.num_tokens == 5

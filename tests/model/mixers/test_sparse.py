@@ -10,6 +10,7 @@ from small_configs import CONFIGS, Config
 from torch import Tensor
 
 from salalocal.errors import StateError
+from salalocal.kernels.kv_cache import append_tokens
 from salalocal.kernels.pooled_keys import num_pooled, pooled_keys_definition
 from salalocal.model.config import SalaConfig
 from salalocal.model.layers import DenseLinearFactory
@@ -36,9 +37,13 @@ def draw(config: Config, num_tokens: int, seed: int, batch: int = 1) -> Tensor:
     return torch.randn(batch, num_tokens, config["hidden_size"], generator=generator).bfloat16().double()
 
 
-def new_state(mixer: SparseMixer, sparse_from: int, batch: int = 1, capacity: int = 0) -> SparseState:
+def new_state(
+    mixer: SparseMixer, sparse_from: int, batch: int = 1, capacity: int = 0, is_int8: bool = False
+) -> SparseState:
     dtype = mixer.q_proj.weight.dtype
-    spec = StateSpec(batch_size=batch, capacity=capacity, sparse_from=sparse_from, device=CPU, dtype=dtype)
+    spec = StateSpec(
+        batch_size=batch, capacity=capacity, sparse_from=sparse_from, device=CPU, dtype=dtype, is_int8=is_int8
+    )
     return mixer.new_state(spec)
 
 
@@ -197,3 +202,93 @@ def test_gradients_reach_every_weight(sparse_from: int, seed: int) -> None:
         with torch.inference_mode():
             values.append(read(moved, x, new_state(moved, sparse_from)).square().sum())
     assert abs((values[0] - values[1]) / 2e-7 - slope) < 1e-4 * abs(slope) + 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keys_in_8_bits_leave_the_choice_as_it_is_and_move_the_output_little(name: str, seed: int) -> None:
+    mixer, x = build(CONFIGS[name], torch.bfloat16, seed), draw(CONFIGS[name], 300, seed)
+    with torch.inference_mode():
+        whole, small = new_state(mixer, 0), new_state(mixer, 0, is_int8=True)
+        expected, found = (read(mixer, x, state, random.Random(seed)) for state in (whole, small))
+    # Pooled from keys that were not quantized, so every score, and with it every choice, is the same.
+    assert torch.equal(small.k1, whole.k1) and torch.equal(small.k2, whole.k2)
+    assert small.key_values.keys.dtype == torch.int8 and small.num_tokens == whole.num_tokens == 300
+    for part in ("keys", "values"):
+        exact = getattr(whole.key_values, part).float()
+        error = (getattr(small.key_values.widened(torch.float32), part) - exact).abs()
+        assert (error <= exact.abs().amax(-1, keepdim=True) * (0.5 * 1.01 / 127) * 1.01).all()
+    assert (found.float() - expected.float()).norm() < 3e-2 * expected.float().norm()
+    assert not torch.equal(found, expected)
+
+
+def test_forks_with_keys_in_8_bits_go_their_own_ways(seed: int) -> None:
+    mixer, x = build(CONFIGS["plain"], torch.bfloat16, seed), draw(CONFIGS["plain"], 330, seed)
+    other = torch.cat([x[:, :270], draw(CONFIGS["plain"], 60, seed + 1)], 1)
+    with torch.inference_mode():
+        state = new_state(mixer, 100, is_int8=True)
+        read(mixer, x[:, :270], state)
+        left, right = state.fork(), state.fork()
+        # One after the other in turns: a ring that two shared would mix their keys.
+        for start in range(270, 330, 7):
+            read(mixer, x[:, start : start + 7], left)
+            read(mixer, other[:, start : start + 7], right)
+        for tokens, fork in ((x, left), (other, right)):
+            whole = new_state(mixer, 100, is_int8=True)
+            read(mixer, tokens[:, :270], whole)
+            for start in range(270, 330, 7):
+                read(mixer, tokens[:, start : start + 7], whole)
+            for name, tensor in whole.tensors().items():
+                assert torch.equal(fork.tensors()[name], tensor), name
+    assert state.num_tokens == 270 and left.nbytes > 0
+
+
+@pytest.mark.parametrize("num_tokens", [0, 7, 40, 300])
+def test_a_saved_state_with_keys_in_8_bits_goes_on_where_it_was(num_tokens: int, seed: int) -> None:
+    mixer, x = build(CONFIGS["plain"], torch.bfloat16, seed), draw(CONFIGS["plain"], num_tokens + 60, seed)
+    with torch.inference_mode():
+        state = new_state(mixer, 100, is_int8=True)
+        read(mixer, x[:, :num_tokens], state) if num_tokens else None
+        saved = {name: tensor.clone() for name, tensor in state.tensors().items()}
+        assert set(saved) == {"k", "v", "k_scales", "v_scales", "k1", "k2", "recent"}
+        loaded = new_state(mixer, 100, is_int8=True).from_tensors(saved, num_tokens)
+        saved["recent"].zero_()  # the loaded state has its own
+        assert torch.equal(read(mixer, x[:, num_tokens:], loaded), read(mixer, x[:, num_tokens:], state))
+        for name, tensor in state.tensors().items():
+            assert torch.equal(loaded.tensors()[name], tensor), name
+
+
+def test_a_state_saved_in_other_bits_is_refused(seed: int) -> None:
+    mixer, x = build(CONFIGS["plain"], torch.bfloat16, seed), draw(CONFIGS["plain"], 50, seed)
+    states = [new_state(mixer, 0, is_int8=is_int8) for is_int8 in (False, True)]
+    with torch.inference_mode():
+        for state in states:
+            read(mixer, x, state)
+    for state, other in (states, states[::-1]):
+        with pytest.raises(StateError, match="a layer holds"):
+            state.from_tensors(other.tensors(), 50)
+    cut = {**states[1].tensors(), "recent": states[1].tensors()["recent"][:, :-1]}
+    with pytest.raises(StateError, match="recent"):
+        states[1].from_tensors(cut, 50)
+
+
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_room_is_made_for_a_kernel_and_counted_when_it_is_filled(is_int8: bool, seed: int) -> None:
+    mixer, x = build(CONFIGS["plain"], torch.bfloat16, seed), draw(CONFIGS["plain"], 150, seed)
+    with torch.inference_mode():
+        state = new_state(mixer, 0, is_int8=is_int8)
+        read(mixer, x[:, :100], state)
+        fork = state.fork()
+        before = {name: tensor.clone() for name, tensor in fork.tensors().items()}
+        rows = state.room_for(50)
+        assert rows.keys.shape[1] >= 150 and rows.k1.shape[1] >= num_pooled(150, 32, 16)
+        assert (rows.recent is not None) == (rows.key_scales is not None) == is_int8
+        k, v = torch.randn(2, 50, *rows.keys.shape[::2]).bfloat16()
+        append_tokens(rows, k, v, torch.tensor([100]), mixer._geometry)
+        assert state.num_tokens == 100  # until it is told
+        state.extend(50)
+        appended = fork.fork()
+        appended.append(k[None], v[None])
+        assert state.num_tokens == appended.num_tokens == 150
+        for name, tensor in appended.tensors().items():
+            assert torch.equal(state.tensors()[name], tensor), name
+        assert all(torch.equal(fork.tensors()[name], tensor) for name, tensor in before.items())
