@@ -55,6 +55,8 @@ from salalocal.quant.int4 import PackedWeight
 
 ROWS = (1, 17) if DRY else (1, 2, 4, 8, 16, 64, 256, 1_024, 4_096, 8_192)
 MMA_SYNC_ROWS = (17,) if DRY else (16, 256, 1_024, 8_192)
+# What comes first, so that a short time leaves it: ours and the peers here, then the rest.
+FIRST_SHAPES, FIRST_ROWS = ("gate_up", "down"), ROWS if DRY else (1, 8, 64, 256, 1_024, 8_192)
 READY_ROWS = 17 if DRY else 1_024  # from here on also with activations that their producer has quantized
 HAS_MMA_V3 = os.environ.get("DISABLE_MMA_V3") != "1"
 OURS = ("int8", "bf16", "int8 ready")
@@ -62,13 +64,13 @@ LARGEST_ERROR = {"int8": 0.015, "int8 ready": 0.015, "bf16": 0.006}  # quantizin
 # Where a peer is not timed everywhere: tinygemm is for few rows, the others tune or decode for seconds.
 PEER_ROWS = {
     "tinygemm": ROWS[:7],
-    "bitsandbytes nf4": (1, 4, 16, 64, 256, 1_024, 8_192),
-    "gemlite A16W4": (1, 16, 256, 8_192),
-    "gemlite A8W4": (1, 16, 256, 8_192),
+    "bitsandbytes nf4": (1, 8, 16, 64, 256, 1_024, 8_192),
+    "gemlite A16W4": (1, 8, 256, 8_192),
+    "gemlite A8W4": (1, 8, 256, 8_192),
 }
 PEER_SECONDS = 6.0  # for one peer on one shape, its own tuning included
-COMPILE_SECONDS, MMA_SYNC_SECONDS = 45.0, 22.0
-MMA_SYNC_PART = 0.3  # of the processes that compile
+COMPILE_SHARE, MMA_SYNC_SECONDS = 0.25, 22.0
+MMA_SYNC_PART = 0.3  # of the processes that compile, where there is time for that path
 RTX_5090 = {"read_gbs": 1_792.0, "bf16": 209.5, "int8": 838.0}  # published peaks, TFLOP/s of the dense units
 CELL_SECONDS = 3.0  # kept back for what follows a cell
 
@@ -134,11 +136,6 @@ def take_settings_of_rtx() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("salalocal.") and hasattr(module, "compute_capability"):
             module.compute_capability = lambda device: 120  # type: ignore[attr-defined]
-
-
-def own_rows() -> tuple[int, ...]:
-    """The numbers of rows that this process times ours at."""
-    return ROWS if HAS_MMA_V3 else MMA_SYNC_ROWS
 
 
 def packed(weight: Int4Weight) -> PackedWeight:
@@ -214,28 +211,28 @@ def gemlite_int8_peer(num_out: int, num_in: int, cold_bytes: int) -> list[Callab
 ALL_PEERS: dict[str, Callable[..., list[Callable[[Tensor], object]]]] = {**PEERS, "gemlite A8W4": gemlite_int8_peer}
 
 
-def measure_peer(clock: Clock, report: Report, ceilings: Ceilings, name: str) -> None:
-    """One peer on every shape at every number of rows it is for, within its time."""
-    make = ALL_PEERS[name]
-    for shape in SHAPES:
-        until = time.monotonic() + min(PEER_SECONDS, report.left() - CELL_SECONDS)
+def measure_peer(
+    clock: Clock, report: Report, ceilings: Ceilings, name: str, shape: str, rows: tuple[int, ...]
+) -> None:
+    """One peer on a shape at the numbers of rows that it is for, within its time."""
+    until = time.monotonic() + min(PEER_SECONDS, report.left() - CELL_SECONDS)
 
-        def measure(shape: str = shape, until: float = until) -> None:
-            functions = make(*SHAPES[shape], COLD_BYTES)
-            for num_rows in PEER_ROWS.get(name, ROWS):
-                if time.monotonic() > until:
-                    print(f"{name} {shape}: no time for {num_rows} rows and more", flush=True)
-                    return
-                x = torch.randn(num_rows, SHAPES[shape][1], device=DEVICE).bfloat16()
-                timing = clock.time([lambda one=one, x=x: one(x) for one in functions])
-                record(report, ceilings, name, shape, num_rows, timing)
+    def measure() -> None:
+        functions = ALL_PEERS[name](*SHAPES[shape], COLD_BYTES)
+        for num_rows in (one for one in PEER_ROWS.get(name, ROWS) if one in rows):
+            if time.monotonic() > until:
+                print(f"{name} {shape}: no time for {num_rows} rows and more", flush=True)
+                return
+            x = torch.randn(num_rows, SHAPES[shape][1], device=DEVICE).bfloat16()
+            timing = clock.time([lambda one=one, x=x: one(x) for one in functions])
+            record(report, ceilings, name, shape, num_rows, timing)
 
-        if report.left() < CELL_SECONDS:
-            print(f"no time for {name} {shape}", flush=True)
-            continue
-        attempt(f"{name} {shape}", measure)
-        if not DRY:
-            torch.cuda.empty_cache()
+    if report.left() < CELL_SECONDS:
+        print(f"no time for {name} {shape}", flush=True)
+        return
+    attempt(f"{name} {shape}", measure)
+    if not DRY:
+        torch.cuda.empty_cache()
 
 
 def measure_parts(clock: Clock, report: Report, ceilings: Ceilings, workspace: Workspace) -> None:
@@ -308,15 +305,40 @@ def print_projection(rows: list[dict[str, Any]], ceilings: Ceilings) -> None:
             )
 
 
+def stages() -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Shapes and numbers of rows by importance, each pair once."""
+    if not HAS_MMA_V3:
+        return [(tuple(SHAPES), MMA_SYNC_ROWS)]
+    others = tuple(shape for shape in SHAPES if shape not in FIRST_SHAPES)
+    more = tuple(num_rows for num_rows in ROWS if num_rows not in FIRST_ROWS)
+    return [(FIRST_SHAPES, FIRST_ROWS), (others, FIRST_ROWS), (tuple(SHAPES), more)]
+
+
 def compile_share(index: int, count: int) -> None:
     """Run a share of all products of ours once, so that their kernels are compiled."""
-    jobs = [(kind, shape, num_rows) for kind in OURS[:2] for num_rows in own_rows() for shape in SHAPES]
+    jobs = [(kind, shape, num_rows) for shapes, rows in stages()
+            for num_rows in rows for shape in shapes for kind in OURS[:2]]  # fmt: skip
     for kind, shape, num_rows in jobs[index::count]:
         weight = random_weight(*SHAPES[shape], 1)
         workspace = new_workspace(DEVICE, weight.words.numel() * 8, "bf16")
         call = call_of(kind, torch.ones(num_rows, SHAPES[shape][1], device=DEVICE).bfloat16(), weight, workspace)
         if call is not None:
             attempt(f"compiling {kind} {shape} {num_rows}", call)
+
+
+def measure_stage(
+    clock: Clock, report: Report, ceilings: Ceilings, workspace: Workspace, shapes: tuple[str, ...],
+    rows: tuple[int, ...],
+) -> None:  # fmt: skip
+    """Ours on some shapes at some numbers of rows."""
+    for shape in shapes:
+        copies = copies_of(random_weight(*SHAPES[shape], 11))
+        for num_rows in rows:
+            if report.left() < CELL_SECONDS:
+                print(f"no time for {shape} {num_rows}", flush=True)
+                continue
+            measure_ours(clock, report, ceilings, shape, copies, workspace, num_rows)
+        report.save()
 
 
 def other_path(arguments: argparse.Namespace, seconds: float) -> list[dict[str, Any]]:
@@ -340,36 +362,30 @@ def main() -> None:
     if arguments.share:
         compile_share(*arguments.share)
         return
-    other_s = min(MMA_SYNC_SECONDS, arguments.seconds * 0.2) if HAS_MMA_V3 else 0.0
     report = Report(arguments.out, arguments.seconds, DEVICE)
     torch.manual_seed(7)
     print(f"{report.meta}, triton {triton.__version__}", flush=True)
     if not DRY and HAS_MMA_V3:
-        in_processes(__file__, min(COMPILE_SECONDS, report.left() / 2), (), MMA_SYNC_PART)
+        has_time = arguments.seconds > 5 * MMA_SYNC_SECONDS
+        in_processes(__file__, report.left() * COMPILE_SHARE, (), MMA_SYNC_PART if has_time else 0.0)
     clock = Clock()
     ceilings = measure_ceilings(clock, report)
     workspace = new_workspace(DEVICE, math.prod(SHAPES["gate_up"]), "bf16")
-    if HAS_MMA_V3:
+    for shapes, rows in stages():
+        measure_stage(clock, report, ceilings, workspace, shapes, rows)
+        if HAS_MMA_V3 and not arguments.no_peers:
+            for name in ALL_PEERS:  # those that tune themselves come last, and may run out of time
+                for shape in shapes:
+                    measure_peer(clock, report, ceilings, name, shape, rows)
+                report.save()
+        print_table(report.rows, not HAS_MMA_V3)
+    if HAS_MMA_V3 and report.left() > MMA_SYNC_SECONDS:
+        found = other_path(arguments, MMA_SYNC_SECONDS)
+        report.rows += [one for one in found if one["section"] in ("cell", "wrong")]
+        print_projection(report.rows, ceilings)
+    if HAS_MMA_V3 and report.left() > 2 * CELL_SECONDS:
         measure_parts(clock, report, ceilings, workspace)
-    for shape in SHAPES:
-        copies = copies_of(random_weight(*SHAPES[shape], 11))
-        for num_rows in own_rows():
-            if report.left() < CELL_SECONDS + other_s:
-                print(f"no time for {shape} {num_rows}", flush=True)
-                continue
-            measure_ours(clock, report, ceilings, shape, copies, workspace, num_rows)
-        report.save()
-    print_table(report.rows, not HAS_MMA_V3)
-    if not HAS_MMA_V3:
-        return
-    report.rows += [one for one in other_path(arguments, other_s) if one["section"] in ("cell", "wrong")]
     report.save()
-    print_projection(report.rows, ceilings)
-    if not arguments.no_peers:
-        for name in ALL_PEERS:  # those that tune themselves come last, and may run out of time
-            measure_peer(clock, report, ceilings, name)
-            report.save()
-        print_table(report.rows, False)
 
 
 if __name__ == "__main__":

@@ -47,31 +47,26 @@ from salalocal.kernels.lightning_prefill import (
     lightning_prefill_triton,
     run_prefill,
 )
-from salalocal.kernels.qk_norm_rope import qk_norm_rope_triton
 
-WGMMA_TILES = (  # segment, chunk, values, lag, warps, stages of sums and of outputs, whether queries are held
-    (512, 64, 64, 0, 4, 3, 3, True),
-    (512, 64, 64, 1, 4, 3, 3, True),
-    (512, 64, 64, 2, 4, 3, 3, True),
-    (256, 64, 64, 0, 4, 3, 3, True),
-    (256, 64, 64, 1, 4, 3, 3, True),
-    (1024, 64, 64, 0, 4, 3, 3, True),
-    (1024, 64, 64, 1, 4, 3, 3, True),
-    (512, 64, 64, 0, 4, 4, 3, True),
-    (512, 64, 64, 0, 4, 3, 2, True),
-    (512, 64, 64, 0, 4, 3, 2, False),
-    (512, 64, 64, 1, 4, 3, 2, False),
-    (512, 64, 128, 1, 8, 3, 3, False),
-    (512, 64, 128, 1, 8, 3, 3, True),
-    (512, 64, 128, 1, 8, 3, 2, True),
+WGMMA_TILES = (  # segment, chunk, values, lag, warps, stages of sums and of outputs
+    (512, 64, 64, 0, 4, 3, 2),
+    (512, 64, 64, 1, 4, 3, 2),
+    (512, 64, 64, 2, 4, 3, 2),
+    (256, 64, 64, 0, 4, 3, 2),
+    (1024, 64, 64, 0, 4, 3, 2),
+    (512, 64, 64, 0, 4, 4, 2),
+    (512, 64, 64, 0, 4, 3, 3),
+    (512, 64, 64, 0, 4, 1, 1),
+    (512, 64, 64, 0, 8, 3, 2),
+    (512, 64, 128, 0, 8, 3, 3),
 )
 MMA_SYNC_TILES = (
-    (512, 32, 64, 1, 4, 3, 3, False),
-    (512, 32, 64, 0, 4, 3, 3, False),
-    (512, 32, 64, 1, 4, 4, 4, False),
-    (512, 32, 64, 1, 4, 3, 2, False),
-    (512, 32, 64, 1, 4, 3, 3, True),
-    (256, 32, 64, 1, 4, 3, 3, False),
+    (512, 32, 64, 1, 4, 3, 3),
+    (512, 32, 64, 0, 4, 3, 3),
+    (512, 32, 64, 1, 4, 4, 4),
+    (512, 32, 64, 1, 4, 3, 2),
+    (256, 32, 64, 1, 4, 3, 3),
+    (512, 32, 64, 1, 8, 3, 3),
 )
 COMPILE_LIMIT_S = 60.0
 TOKENS = 8192
@@ -128,17 +123,6 @@ def prefill_us(launch: PrefillLaunch, inputs: list[Any], *, is_raw: bool = False
     )
 
 
-def turned_before_us(launch: PrefillLaunch, inputs: list[Any]) -> float:
-    """Raw heads where both are normed and turned by a launch before."""
-    slopes, norm_rope = lightning_slopes(HEADS).to(DEVICE), norm_rope_for(inputs[0][0].shape[1])
-
-    def call(x: Any) -> None:
-        q, k = qk_norm_rope_triton(*x[:2], norm_rope)
-        run_prefill(q, k, x[2], Recurrence(slopes, SCALE, x[3]), launch)
-
-    return timed_us([lambda x=x: call(x) for x in inputs], 0.05)[0]
-
-
 def search(tried: list[PrefillLaunch], copy: float) -> None:
     """Time every launch that is right, and print the best."""
     shipped = launch_for(torch.device(DEVICE))
@@ -161,8 +145,6 @@ def search(tried: list[PrefillLaunch], copy: float) -> None:
         for row in sorted(rows, key=lambda row: row[key])[:2]:
             print(f"best {name}: {row[key] * 1e3 / TOKENS:.2f} ns a token: {row[2]}", flush=True)
     if rows:
-        best = min(rows, key=lambda row: row[0])[2]
-        note("best, turned by a launch before", ns=turned_before_us(best, inputs) * 1e3 / TOKENS)
         more_lengths(min(rows, key=lambda row: row[0] + row[1])[2], copy)
 
 

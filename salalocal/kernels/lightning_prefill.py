@@ -5,36 +5,31 @@ In come the heads of a prefill chunk and the state before it, out come its outpu
 S_n the state before chunk n:
     S_(n+1) = exp(-s C) S_n + sum_j exp(-s (C - 1 - j)) k_j^T v_j
     o_i     = scale * ( exp(-s (i + 1)) q_i S_n + sum_{j <= i} exp(-s (i - j)) (q_i . k_j) v_j )
-A program has one of three jobs in one segment; the last two are done for VALUES value channels of one head each:
-    turn      norms and turns raw queries and keys of some tokens, all heads at once; absent if they are not raw
+A program has VALUES value channels of one head in one segment, and one of two jobs:
     sum       what the segment adds to the state, from its keys and values alone; then it waits for the state before the
               segment, adds, and hands on the state after it: one short step a segment is all that is serial
     outputs   waits for the state before the segment and walks over its chunks, the state in registers
-Programs draw tickets, segment by segment: turn one, sum up the one before, and the outputs of the segment LAG before
-that. They wait only for lower tickets; what one job has read or written, the next one finds in the L2 cache.
+Programs draw tickets, segment by segment: the sums of one, and the outputs of the segment LAG before. They wait only
+for lower tickets; keys and values come from memory for the sum, and for the outputs soon after from the L2 cache.
 Precision: what is handed on is fp32 and adds exp(-s ...) v_j as the sum of two bf16 numbers, good to 2^-16. What ends
 in outputs only (scores, S_n under q, the v_j of a segment's own state) is rounded to bf16 once, as the output itself.
 All exponents are differences of positions, so nothing overflows.
-Bytes at the released shape: 32 KiB a token and layer for q, k, v and o, turned queries and keys 16 KiB more; in the L2
-cache these and k and v once more, and states (fp32), 2 MiB written and 4 MiB read a segment.
+Raw queries and keys are normed and turned by a launch of their own before, which copies at the speed of memory; turned
+in passing, by either job or by a third one, they took no less time.
+Bytes at the released shape: 32 KiB a token and layer for q, k, v and o, raw heads 32 KiB more; in the L2 cache k and v
+once more, and states (fp32), 2 MiB written and 4 MiB read a segment.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from salalocal.errors import BackendError
-from salalocal.kernels.backend import HAS_INLINE_ASM, compute_capability, entry_of_card, tl, triton
-from salalocal.kernels.qk_norm_rope import (
-    NormRope,
-    check_heads,
-    check_norm_rope,
-    rotary_frequencies,
-    turn_tokens,
-)
+from salalocal.kernels.backend import compute_capability, entry_of_card, tl, triton
+from salalocal.kernels.qk_norm_rope import NormRope, check_heads, check_norm_rope, qk_norm_rope_triton
 
 LOG2_E = 1.4426950408889634
 
@@ -118,7 +113,6 @@ def _segment_outputs(
     KEY_DIM: tl.constexpr,
     VALUES: tl.constexpr,
     STAGES: tl.constexpr,
-    HOLDS_QUERIES: tl.constexpr,
 ):
     """The outputs of `count` tokens in VALUES value channels of one head; `state` [K, VALUES] is the one before."""
     steps = tl.arange(0, CHUNK)
@@ -128,16 +122,9 @@ def _segment_outputs(
     since_start = tl.exp2(-slope * (steps + 1)) * scale
     until_end = tl.exp2(-slope * (CHUNK - 1 - steps))
     over_chunk = tl.exp2(-slope * CHUNK)
-    if HOLDS_QUERIES:
-        next_q = tl.load(q_ptr + rows * q_stride_t + columns, mask=rows < count, other=0.0)
     for first in tl.range(0, count, CHUNK, num_stages=STAGES):
         is_there = rows < count - first
-        if HOLDS_QUERIES:
-            q = next_q
-            next_rows = first + CHUNK + rows
-            next_q = tl.load(q_ptr + next_rows * q_stride_t + columns, mask=next_rows < count, other=0.0)
-        else:
-            q = tl.load(q_ptr + (first + rows) * q_stride_t + columns, mask=is_there, other=0.0)
+        q = tl.load(q_ptr + (first + rows) * q_stride_t + columns, mask=is_there, other=0.0)
         k = tl.load(k_ptr + (first + rows) * k_stride_t + columns, mask=is_there, other=0.0)
         v = tl.load(v_ptr + (first + rows) * v_stride_t + values, mask=is_there, other=0.0)
         o = tl.dot(q, state.to(q.dtype)) * since_start[:, None]
@@ -151,25 +138,17 @@ def _segment_outputs(
         tl.store(o_ptr + (first + rows) * o_stride_t + values, o.to(o_ptr.dtype.element_ty), mask=is_there)
 
 
-@triton.jit(
-    do_not_specialize=["num_tokens", "segment_tokens", "num_rows"], do_not_specialize_on_alignment=["positions_ptr"]
-)
+@triton.jit(do_not_specialize=["num_tokens", "segment_tokens", "num_rows"])
 def _prefill_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     o_ptr,
-    turned_q_ptr,
-    turned_k_ptr,
     state_ptr,
     new_state_ptr,
     states_ptr,
     counters_ptr,
     slopes_ptr,
-    q_weight_ptr,
-    k_weight_ptr,
-    positions_ptr,
-    frequencies_ptr,
     q_stride_b,
     q_stride_t,
     q_stride_h,
@@ -187,7 +166,6 @@ def _prefill_kernel(
     segment_tokens,
     num_rows,
     NUM_HEADS: tl.constexpr,
-    PADDED_HEADS: tl.constexpr,
     CHUNK: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -195,29 +173,22 @@ def _prefill_kernel(
     LAG: tl.constexpr,
     SUM_STAGES: tl.constexpr,
     OUTPUT_STAGES: tl.constexpr,
-    HOLDS_QUERIES: tl.constexpr,
     LOG2_E: tl.constexpr,
     HAS_STATE: tl.constexpr,
-    EPS: tl.constexpr,
-    TURN: tl.constexpr,
-    FAST: tl.constexpr,
 ):
     """One job by ticket; num_rows: B * H. The state before segment n > 0 is states[n - 1].
 
-    turned [B, T, H, K] and states fp32 [segments - 1, B * H, K, V] contiguous; counters, zero before, [1 + strands +
-    segments]: tickets, how many states each strand has handed on, how many programs have turned their part.
+    states fp32 [segments - 1, B * H, K, V]; counters [1 + strands], zero before: tickets, and how many states each
+    strand has handed on.
     """
     strands: tl.constexpr = VALUE_DIM // VALUES
-    kinds: tl.constexpr = 3 if TURN else 2
-    width: tl.constexpr = NUM_HEADS * KEY_DIM
     num_strands = num_rows * strands
     num_segments = tl.cdiv(num_tokens, segment_tokens)
     ticket = tl.atomic_add(counters_ptr, 1)
     strand = ticket % num_strands
-    kind = ticket // num_strands % kinds + (3 - kinds)
-    segment = ticket // num_strands // kinds
-    if kind > 0:
-        segment -= kinds - 2 + (kind - 1) * LAG
+    is_sum = ticket // num_strands % 2 == 0
+    segment = ticket // num_strands // 2
+    segment -= 0 if is_sum else LAG
     if (segment >= 0) & (segment < num_segments):
         row = strand // strands
         first_value = strand % strands * VALUES
@@ -227,9 +198,8 @@ def _prefill_kernel(
         count = tl.minimum(num_tokens - segment * segment_tokens, segment_tokens)
         slope = tl.load(slopes_ptr + head) * LOG2_E
         counter_ptr = counters_ptr + 1 + strand
-        turned_counter_ptr = counters_ptr + 1 + num_strands + segment
-        q_ptr += first * q_stride_t
-        k_ptr += first * k_stride_t
+        q_ptr += batch * q_stride_b + first * q_stride_t + head * q_stride_h
+        k_ptr += batch * k_stride_b + first * k_stride_t + head * k_stride_h
         v_ptr += batch * v_stride_b + first * v_stride_t + head * v_stride_h + first_value
         o_ptr += batch * o_stride_b + first * o_stride_t + head * o_stride_h + first_value
         at_row = row.to(tl.int64) * (KEY_DIM * VALUE_DIM) + first_value
@@ -237,47 +207,25 @@ def _prefill_kernel(
         states_ptr += (segment - 1) * states_stride + at_row
         if HAS_STATE:
             state_ptr += at_row
-        if TURN:
-            turned_q_ptr += first * width
-            turned_k_ptr += first * width
-            turned_stride_b = num_tokens.to(tl.int64) * width
-        if TURN and kind == 0:
-            turn_tokens(
-                q_ptr, k_ptr, turned_q_ptr, turned_k_ptr, q_weight_ptr, k_weight_ptr, positions_ptr + first,
-                frequencies_ptr, q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
-                turned_stride_b, strand, num_strands, count, num_rows // NUM_HEADS * count,
-                NUM_HEADS, PADDED_HEADS, KEY_DIM // 2, EPS, FAST,
+        if is_sum:
+            added = _segment_sum(
+                k_ptr, v_ptr, k_stride_t, v_stride_t, slope, count, CHUNK, KEY_DIM, VALUES, SUM_STAGES
             )  # fmt: skip
+            _wait_for(counter_ptr, segment)
+            state = _state_before(segment, state_ptr, states_ptr, KEY_DIM, VALUE_DIM, VALUES, HAS_STATE)
+            state = tl.fma(state, tl.exp2(-slope * count), added)
+            to = new_state_ptr + at_row if segment == num_segments - 1 else states_ptr + states_stride
+            to += tl.arange(0, KEY_DIM)[:, None] * VALUE_DIM + tl.arange(0, VALUES)[None, :]
+            tl.store(to, state)
             tl.debug_barrier()
-            tl.atomic_add(turned_counter_ptr, 1, sem="release")
+            tl.atomic_xchg(counter_ptr, segment + 1, sem="release")
         else:
-            if TURN:
-                q_ptr, k_ptr = turned_q_ptr + batch * turned_stride_b, turned_k_ptr + batch * turned_stride_b
-                q_ptr, k_ptr = q_ptr + head * KEY_DIM, k_ptr + head * KEY_DIM
-                q_stride_t, k_stride_t = width, width
-                _wait_for(turned_counter_ptr, num_strands)
-            else:
-                q_ptr += batch * q_stride_b + head * q_stride_h
-                k_ptr += batch * k_stride_b + head * k_stride_h
-            if kind == 1:
-                added = _segment_sum(
-                    k_ptr, v_ptr, k_stride_t, v_stride_t, slope, count, CHUNK, KEY_DIM, VALUES, SUM_STAGES
-                )  # fmt: skip
-                _wait_for(counter_ptr, segment)
-                state = _state_before(segment, state_ptr, states_ptr, KEY_DIM, VALUE_DIM, VALUES, HAS_STATE)
-                state = tl.fma(state, tl.exp2(-slope * count), added)
-                to = new_state_ptr + at_row if segment == num_segments - 1 else states_ptr + states_stride
-                to += tl.arange(0, KEY_DIM)[:, None] * VALUE_DIM + tl.arange(0, VALUES)[None, :]
-                tl.store(to, state)
-                tl.debug_barrier()
-                tl.atomic_xchg(counter_ptr, segment + 1, sem="release")
-            else:
-                _wait_for(counter_ptr, segment)
-                state = _state_before(segment, state_ptr, states_ptr, KEY_DIM, VALUE_DIM, VALUES, HAS_STATE)
-                _segment_outputs(
-                    q_ptr, k_ptr, v_ptr, o_ptr, q_stride_t, k_stride_t, v_stride_t, o_stride_t,
-                    state, slope, scale, count, CHUNK, KEY_DIM, VALUES, OUTPUT_STAGES, HOLDS_QUERIES,
-                )  # fmt: skip
+            _wait_for(counter_ptr, segment)
+            state = _state_before(segment, state_ptr, states_ptr, KEY_DIM, VALUE_DIM, VALUES, HAS_STATE)
+            _segment_outputs(
+                q_ptr, k_ptr, v_ptr, o_ptr, q_stride_t, k_stride_t, v_stride_t, o_stride_t,
+                state, slope, scale, count, CHUNK, KEY_DIM, VALUES, OUTPUT_STAGES,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,8 +233,7 @@ class PrefillLaunch:
     """How the kernel is launched: tokens of a segment, at most, and of a chunk, value channels of a program, warps.
 
     `lag`: segments by which outputs follow sums. `sum_stages`, `output_stages`: Triton's pipeline stages of the loops
-    over chunks; from 3 on, a chunk is on its way from memory while another is computed. `holds_queries`: those of the
-    next chunk wait in registers, not in shared memory, where that is what keeps a second program off a multiprocessor.
+    over chunks; from 3 on, a chunk is on its way from memory while another is computed.
     """
 
     segment: int
@@ -296,15 +243,12 @@ class PrefillLaunch:
     num_warps: int
     sum_stages: int
     output_stages: int
-    holds_queries: bool = False
 
 
 # By compute capability, the largest that is not above the card's. Only 90 has wgmma.
 LAUNCHES = {
     80: PrefillLaunch(segment=512, chunk=32, values=64, lag=1, num_warps=4, sum_stages=3, output_stages=3),
-    90: PrefillLaunch(
-        segment=512, chunk=64, values=64, lag=0, num_warps=4, sum_stages=3, output_stages=3, holds_queries=True
-    ),
+    90: PrefillLaunch(segment=512, chunk=64, values=64, lag=0, num_warps=4, sum_stages=3, output_stages=2),
     100: PrefillLaunch(segment=512, chunk=32, values=64, lag=1, num_warps=4, sum_stages=3, output_stages=3),
 }
 PREFILL_DTYPE = torch.bfloat16
@@ -362,21 +306,26 @@ def run_prefill(
     for start, end in pairwise([0, *boundaries, num_tokens]):
         for first in range(start, end, MAX_LAUNCH_TOKENS):
             piece = slice(first, min(first + MAX_LAUNCH_TOKENS, end))
-            is_all = piece == slice(0, num_tokens)
-            block = (q, k, v, o) if is_all else (q[:, piece], k[:, piece], v[:, piece], o[:, piece])
-            state = _launch(block, first, recurrence, state, launch)
+            block = (*_turned(q[:, piece], k[:, piece], recurrence.norm_rope, piece), v[:, piece], o[:, piece])
+            state = _launch(block, recurrence, state, launch)
         kept.append(q.new_zeros(_state_shape(q, v), dtype=torch.float32) if state is None else state)
     return o, kept
 
 
+def _turned(q: Tensor, k: Tensor, norm_rope: NormRope | None, piece: slice) -> tuple[Tensor, Tensor]:
+    """A piece of queries and keys, normed and turned if they are raw."""
+    if norm_rope is None:
+        return q, k
+    return qk_norm_rope_triton(q, k, replace(norm_rope, positions=norm_rope.positions[piece]))
+
+
 def _launch(
     block: tuple[Tensor, Tensor, Tensor, Tensor],
-    first: int,
     recurrence: Recurrence,
     state: Tensor | None,
     launch: PrefillLaunch,
 ) -> Tensor:
-    """The kernel over q, k, v, o of the tokens that begin with `first`; the state after them."""
+    """The kernel over q, k, v, o of some tokens; the state after them."""
     q, v = block[0], block[2]
     batch, num_heads, key_dim, value_dim = _state_shape(q, v)
     values = min(launch.values, value_dim)
@@ -385,25 +334,20 @@ def _launch(
     num_strands = num_rows * (value_dim // values)
     after = torch.empty((batch, num_heads, key_dim, value_dim), dtype=torch.float32, device=q.device)
     states = torch.empty((num_segments - 1, num_rows, key_dim, value_dim), dtype=torch.float32, device=q.device)
-    counters = torch.zeros(1 + num_strands + num_segments, dtype=torch.int32, device=q.device)
-    norm_rope = recurrence.norm_rope
-    num_kinds, lead = (2, 0) if norm_rope is None else (3, 1)
-    _prefill_kernel[(num_kinds * num_strands * (num_segments + lead + launch.lag),)](
+    counters = torch.zeros(1 + num_strands, dtype=torch.int32, device=q.device)
+    _prefill_kernel[(2 * num_strands * (num_segments + launch.lag),)](
         *block,
-        *(None if norm_rope is None else torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2)),
         state,
         after,
         states,
         counters,
         recurrence.slopes,
-        *_turn_tensors(norm_rope, first, q),
         *(stride for x in block for stride in x.stride()[:3]),
         recurrence.scale,
         q.shape[1],
         segment_tokens,
         num_rows,
         NUM_HEADS=num_heads,
-        PADDED_HEADS=triton.next_power_of_2(num_heads),
         CHUNK=launch.chunk,
         KEY_DIM=key_dim,
         VALUE_DIM=value_dim,
@@ -411,12 +355,8 @@ def _launch(
         LAG=launch.lag,
         SUM_STAGES=launch.sum_stages,
         OUTPUT_STAGES=launch.output_stages,
-        HOLDS_QUERIES=launch.holds_queries,
         LOG2_E=LOG2_E,
         HAS_STATE=state is not None,
-        EPS=0.0 if norm_rope is None else norm_rope.eps,
-        TURN=norm_rope is not None,
-        FAST=HAS_INLINE_ASM,
         num_warps=launch.num_warps,
     )
     return after
@@ -426,13 +366,6 @@ def segment_tokens_for(num_tokens: int, launch: PrefillLaunch) -> int:
     """Shorter segments for few tokens, so that all multiprocessors have work."""
     wanted = int(triton.next_power_of_2(triton.cdiv(num_tokens, MIN_SEGMENTS)))
     return max(2 * launch.chunk, min(wanted, launch.segment))
-
-
-def _turn_tensors(norm_rope: NormRope | None, first: int, q: Tensor) -> tuple[Tensor | None, ...]:
-    if norm_rope is None:
-        return None, None, None, None
-    frequencies = rotary_frequencies(q.shape[3], norm_rope.theta, q.device)
-    return norm_rope.q_weight, norm_rope.k_weight, norm_rope.positions[first:], frequencies
 
 
 def _state_shape(q: Tensor, v: Tensor) -> tuple[int, int, int, int]:

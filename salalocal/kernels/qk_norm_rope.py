@@ -2,8 +2,8 @@
 
     n = round( x / sqrt(mean_d(x^2) + eps) ) * weight        y = rotary(n, p)        round: to the dtype of x
 
-In come the projected queries and keys, out they come normed and turned. The kernels of the lightning layer take the
-same `NormRope` and do it in passing; the functions for Triton at the top are theirs too. Angles are fp32 products
+In come the projected queries and keys, out they come normed and turned. The decode kernels of the lightning layer take
+the same `NormRope` and do it in passing; the functions for Triton at the top are theirs too. Angles are fp32 products
 p * f_i with the frequencies of `rotary`, so positions far past 2^20 turn as they do there.
 Shapes: q [B, T, H, D], k [B, T, Hkv, D], heads anywhere in memory, channels adjacent; positions int64 [T], absolute.
 Source: specification, sections 6 and 7.
@@ -100,69 +100,6 @@ def turned_rows(first, second, weight_ptr, cos, sin, HALF: tl.constexpr, EPS: tl
     b = ((b * scale).to(dtype).to(tl.float32) * b_weight).to(dtype).to(tl.float32)
     a, b = rotated(a, b, cos, sin)
     return a.to(dtype), b.to(dtype)
-
-
-@triton.jit
-def _load_halves(x_ptr, item, num_items, count, stride_b, stride_t, at, is_head, HALF: tl.constexpr):
-    """All heads of one token as two halves; zeros behind the last token."""
-    x_ptr += (item // count).to(tl.int64) * stride_b + (item % count).to(tl.int64) * stride_t
-    is_there = is_head & (item < num_items)
-    first = tl.load(x_ptr + at, mask=is_there, other=0.0, eviction_policy="evict_first")
-    return first, tl.load(x_ptr + HALF + at, mask=is_there, other=0.0, eviction_policy="evict_first")
-
-
-@triton.jit
-def turn_tokens(
-    q_ptr,
-    k_ptr,
-    turned_q_ptr,
-    turned_k_ptr,
-    q_weight_ptr,
-    k_weight_ptr,
-    positions_ptr,
-    frequencies_ptr,
-    q_stride_b,
-    q_stride_t,
-    q_stride_h,
-    k_stride_b,
-    k_stride_t,
-    k_stride_h,
-    turned_stride_b,
-    job,
-    num_jobs,
-    count,
-    num_items,
-    NUM_HEADS: tl.constexpr,
-    PADDED_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    EPS: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    """Norm and turn queries and keys of every num_jobs-th token, of `count` in each batch row; num_items: of all rows.
-
-    The next token's heads are on their way in registers meanwhile.
-    """
-    heads = tl.arange(0, PADDED_HEADS)[:, None]
-    columns = tl.arange(0, HALF)[None, :]
-    is_head = heads < NUM_HEADS
-    q_at, k_at = heads * q_stride_h + columns, heads * k_stride_h + columns
-    frequencies = tl.load(frequencies_ptr + columns)
-    q1, q2 = _load_halves(q_ptr, job, num_items, count, q_stride_b, q_stride_t, q_at, is_head, HALF)
-    k1, k2 = _load_halves(k_ptr, job, num_items, count, k_stride_b, k_stride_t, k_at, is_head, HALF)
-    for item in range(job, num_items, num_jobs):
-        after = item + num_jobs
-        next_q1, next_q2 = _load_halves(q_ptr, after, num_items, count, q_stride_b, q_stride_t, q_at, is_head, HALF)
-        next_k1, next_k2 = _load_halves(k_ptr, after, num_items, count, k_stride_b, k_stride_t, k_at, is_head, HALF)
-        cos, sin = cos_sin(tl.load(positions_ptr + item % count).to(tl.float32) * frequencies, FAST)
-        to = (item // count).to(tl.int64) * turned_stride_b + item % count * (NUM_HEADS * 2 * HALF)
-        to += heads * (2 * HALF) + columns
-        q1, q2 = turned_rows(q1, q2, q_weight_ptr, cos, sin, HALF, EPS)
-        tl.store(turned_q_ptr + to, q1, mask=is_head)
-        tl.store(turned_q_ptr + HALF + to, q2, mask=is_head)
-        k1, k2 = turned_rows(k1, k2, k_weight_ptr, cos, sin, HALF, EPS)
-        tl.store(turned_k_ptr + to, k1, mask=is_head)
-        tl.store(turned_k_ptr + HALF + to, k2, mask=is_head)
-        q1, q2, k1, k2 = next_q1, next_q2, next_k1, next_k2
 
 
 @triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["positions_ptr"])

@@ -5,12 +5,14 @@ judged by their median.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from quantized_cases import written_quantized
 from torch import Tensor
 
 from salalocal.checkpoint.checkpoint import Checkpoint
@@ -37,9 +39,8 @@ GREEDY = SamplingParams(max_tokens=64, temperature=0)
 
 
 @cache
-def engine(math: Math = "int8", is_embedding_on_host: bool = False, is_cache_int8: bool = False) -> Engine:
-    checkpoint = Checkpoint.open(find_model("builtin"))
-    model = load_model(checkpoint, CUDA, torch.bfloat16, Placement(math, is_embedding_on_host))
+def engine(math: Math = "int8", is_cache_int8: bool = False) -> Engine:
+    model = load_model(Checkpoint.open(find_model("builtin")), CUDA, torch.bfloat16, Placement(math))
     made = Engine(model, EngineConfig(CHUNK, is_cache_int8, is_guessing=False))
     assert made._fused is not None
     return made
@@ -230,25 +231,35 @@ def test_a_cache_in_8_bits_loses_little(seed: int) -> None:
     assert_same_bits(state.fork(), state)
 
 
-def test_a_table_in_host_memory_gives_the_same_bits(seed: int) -> None:
-    on_card, on_host = engine(), engine(is_embedding_on_host=True)
-    table = on_host.model.model.embed_tokens.weight
-    assert table.device.type == "cpu" and table.is_pinned()
-    ids = random_ids(seed, 1_500)
-    assert torch.equal(on_host.logits(ids), on_card.logits(ids))
-    states = [read(runner, ids)[0] for runner in (on_host, on_card)]
-    answers = [
-        drawn(decoder_of(runner, state), 7, 12) for runner, state in zip((on_host, on_card), states, strict=True)
-    ]
-    assert answers[0] == answers[1]
-    assert_same_bits(*states)
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The built-in model with an output layer of its own, without which the table has to be on the card."""
+    source = Checkpoint.open(find_model("builtin"))
+    tensors = {name: source.tensor(name) for name in source.tensor_names}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    config, record = replace(source.config, tie_word_embeddings=False), source.config.quantization_config
+    assert record is not None
+    return Checkpoint.open(written_quantized(tmp_path_factory.mktemp("untied"), config, tensors, dict(record)))
 
 
-def test_modules_read_a_table_in_host_memory_too(seed: int) -> None:
-    checkpoint, ids = Checkpoint.open(find_model("builtin")), random_ids(seed, 300)
-    found = []
+def test_a_table_in_host_memory_gives_the_same_bits(seed: int, untied: Checkpoint) -> None:
+    ids, found = random_ids(seed, 1_500), []
     for is_on_host in (True, False):
-        model = load_model(checkpoint, CUDA, torch.float16, Placement(is_embedding_on_host=is_on_host))
+        model = load_model(untied, CUDA, torch.bfloat16, Placement(is_embedding_on_host=is_on_host))
+        table = model.model.embed_tokens.weight
+        assert (table.device.type == "cpu" and table.is_pinned()) is is_on_host
+        runner = Engine(model, EngineConfig(CHUNK, is_guessing=False))
+        state, logits = read(runner, ids)
+        found.append((runner.logits(ids), logits, drawn(decoder_of(runner, state), 7, 12), state))
+    assert all(torch.equal(found[0][part], found[1][part]) for part in (0, 1))
+    assert found[0][2] == found[1][2]
+    assert_same_bits(found[0][3], found[1][3])
+
+
+def test_modules_read_a_table_in_host_memory_too(seed: int, untied: Checkpoint) -> None:
+    ids, found = random_ids(seed, 300), []
+    for is_on_host in (True, False):
+        model = load_model(untied, CUDA, torch.float16, Placement(is_embedding_on_host=is_on_host))
         runner = Engine(model, EngineConfig(CHUNK))
         assert runner._fused is None
         found.append(runner.logits(ids))
@@ -286,12 +297,12 @@ def test_a_restored_state_goes_on_as_if_it_had_never_stopped(
 
 
 def test_an_answer_is_saved_as_far_as_it_came(seed: int, tmp_path: Path) -> None:
-    runner = engine()
-    state, _ = read(runner, random_ids(seed, 700))
+    runner, ids = engine(), random_ids(seed, 700)
+    state, _ = read(runner, ids)
     decoder = decoder_of(runner, state)
     tokens = drawn(decoder, 7, 6)
     state.save(tmp_path / "state.safetensors")
     restored, _ = ModelState.load(tmp_path / "state.safetensors", runner.new_state())
-    assert restored.num_tokens == state.num_tokens == 706
+    assert restored.num_tokens == state.num_tokens == len(ids) + 6
     assert drawn(decoder_of(runner, restored), tokens[-1], 8) == drawn(decoder, tokens[-1], 8)
     assert_same_bits(restored, state)

@@ -77,15 +77,13 @@ def test_raw_heads_are_normed_and_turned_on_the_way(num_tokens: int, has_state: 
     assert_right((o, states[-1]), (q, k, v, state if has_state else torch.zeros_like(state)), turn)
 
 
-@pytest.mark.parametrize(
-    ("values", "segment", "lag", "holds"), [(16, 64, 0, True), (64, 32, 2, False), (32, 128, 1, True)]
-)
+@pytest.mark.parametrize(("values", "segment", "lag"), [(16, 64, 0), (64, 32, 2), (32, 128, 1)])
 @pytest.mark.parametrize("has_turn", (False, True), ids=("plain", "raw"))
 def test_any_cut_into_programs_is_the_recurrence(
-    values: int, segment: int, lag: int, holds: bool, has_turn: bool, seed: int
+    values: int, segment: int, lag: int, has_turn: bool, seed: int
 ) -> None:
     inputs, turn = draw(seed, 130), norm_rope(130) if has_turn else None
-    launch = replace(SMALL, segment=segment, chunk=32, values=values, lag=lag, holds_queries=holds)
+    launch = replace(SMALL, segment=segment, chunk=32, values=values, lag=lag)
     o, states = run_prefill(*inputs[:3], Recurrence(SLOPES, SCALE, inputs[3], turn), launch)
     assert_right((o, states[-1]), inputs, turn)
 
@@ -107,10 +105,10 @@ def test_segments_are_shorter_in_short_calls() -> None:
 
 
 def test_long_calls_are_cut_into_launches(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = draw(seed, 70)
+    inputs, turn = draw(seed, 70), norm_rope(70)
     monkeypatch.setattr(lightning_prefill, "MAX_LAUNCH_TOKENS", 32)
-    o, states = run_prefill(*inputs[:3], Recurrence(SLOPES, SCALE, inputs[3]), SMALL)
-    assert_right((o, states[-1]), inputs)
+    o, states = run_prefill(*inputs[:3], Recurrence(SLOPES, SCALE, inputs[3], turn), SMALL)
+    assert_right((o, states[-1]), inputs, turn)
 
 
 def test_any_cut_and_any_boundary_give_the_same_state(seed: int) -> None:

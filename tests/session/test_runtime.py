@@ -7,10 +7,11 @@ import pytest
 import tiny_model
 import tiny_tokenizer
 import torch
+from checkpoint_cases import random_tensors, small_config
+from quantized_cases import GROUPS_OF_16, gptq_record, projections, quantized_tensors, written_quantized
 
 import salalocal
 from salalocal.checkpoint.checkpoint import Checkpoint
-from salalocal.checkpoint.hub import find_model
 from salalocal.device import DeviceMemory
 from salalocal.engine.budget import CacheFormat, WeightFormat
 from salalocal.errors import CheckpointError, ContextError, HubError, MemoryBudgetError, RequestError
@@ -84,7 +85,7 @@ def test_a_cache_in_8_bits_is_asked_for_by_name(tmp_path: Path, seed: int) -> No
     ids = torch.randint(3, 200, (150,), generator=torch.Generator().manual_seed(seed)).tolist()
     runtimes = [open_runtime(folder, "tiny", LoadOptions("cpu", kv_cache=name)) for name in (None, "fp32", "int8")]
     assert [runtime.engine.config.is_cache_int8 for runtime in runtimes] == [False, False, True]
-    usual, whole, small = (runtime.engine.new_state(100).nbytes for runtime in runtimes)
+    usual, whole, small = (runtime.engine.new_state(4_000).nbytes for runtime in runtimes)
     assert usual == whole and small < whole
     expected, same, near = (runtime.logits(ids) for runtime in runtimes)
     assert torch.equal(expected, same) and not torch.equal(expected, near)
@@ -103,29 +104,37 @@ def test_a_session_with_a_cache_in_8_bits(tmp_path: Path, seed: int) -> None:
 
 # What a run decides before it loads, on a card of which only the figures are here.
 @pytest.mark.parametrize(
-    ("gibibytes", "dtype", "is_embedding_on_host", "chunk_size", "cache"),
+    ("gibibytes", "dtype", "is_tied", "is_embedding_on_host", "chunk_size"),
     [
-        (8, torch.bfloat16, True, 8192, CacheFormat.INT8),
-        (80, torch.bfloat16, False, 8192, CacheFormat.INT8),
-        (8, torch.float16, False, 512, CacheFormat.INT8),  # the kernels of the fused engine take bf16 alone
+        (8, torch.bfloat16, False, True, 8192),
+        (8, torch.bfloat16, True, False, 8192),
+        (80, torch.bfloat16, False, False, 8192),
+        (8, torch.float16, False, False, 512),  # the kernels take bf16 alone
     ],
 )
 def test_a_card_of_some_size_gets_its_plan(
+    tmp_path: Path,
+    seed: int,
     monkeypatch: pytest.MonkeyPatch,
     gibibytes: int,
     dtype: torch.dtype,
+    is_tied: bool,
     is_embedding_on_host: bool,
     chunk_size: int,
-    cache: CacheFormat,
 ) -> None:
+    config = small_config(is_tied, torch.bfloat16)
+    tensors = random_tensors(config, seed, torch.bfloat16)
+    stored, _ = quantized_tensors(tensors, projections)
+    checkpoint = Checkpoint.open(written_quantized(tmp_path, config, stored, gptq_record(GROUPS_OF_16)))
     memory = DeviceMemory(gibibytes * 2**30, gibibytes * 2**30 - 2**29)
     monkeypatch.setattr(runtime_module, "device_memory", lambda device: memory)
     options = LoadOptions("cuda", num_tokens=2**15, math="bf16", kv_cache="int8")
-    checkpoint = Checkpoint.open(find_model("builtin"))
-    plan = runtime_module._plan(checkpoint, torch.device("cuda"), dtype, options, "builtin")
-    assert plan.is_cuda and plan.math == "bf16" and plan.cache is cache and plan.weights is WeightFormat.INT4
+    plan = runtime_module._plan(checkpoint, torch.device("cuda"), dtype, options, "small")
+    assert (plan.weights, plan.cache, plan.math) == (WeightFormat.INT4, CacheFormat.INT8, "bf16")
     assert (plan.is_embedding_on_host, plan.chunk_size) == (is_embedding_on_host, chunk_size)
     assert plan.is_fused is (dtype == torch.bfloat16)
+    with pytest.raises(MemoryBudgetError, match="tokens needs"):
+        runtime_module._plan(checkpoint, torch.device("cuda"), dtype, LoadOptions("cuda", num_tokens=2**31), "small")
 
 
 def test_logits_are_those_of_every_token_in_fp32(runtime: Runtime, seed: int) -> None:

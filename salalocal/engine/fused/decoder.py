@@ -119,11 +119,13 @@ class _Run:
             self._drawn = self._landed[0].wait()
             self._launched += len(self._drawn)
             self._taken_of_step = 0
+            # Rows behind the guesses hold what earlier steps left there, which may be right too.
+            num_right = min(len(self._drawn) - 1, len(guesses))
             if guesses:
-                lookup.learn(len(self._drawn) - 1)
+                lookup.learn(num_right)
             stats.num_steps += 1
             stats.num_guessed += len(guesses)
-            stats.num_right += len(self._drawn) - 1
+            stats.num_right += num_right
         return self._take()
 
     def end(self) -> None:

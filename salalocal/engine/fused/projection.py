@@ -40,7 +40,7 @@ class Product(Protocol):
         ...
 
     def __call__(self, rows: Rows, residual: Residual | None = None) -> Tensor:
-        """All outputs [M, sum of widths]; joined to a residual, which is overwritten, if there is one."""
+        """All outputs [M, sum of widths]; joined to a residual, which may be overwritten, if there is one."""
         ...
 
 
@@ -61,8 +61,12 @@ class PackedProduct:
     """Packed weights, `linear` holding all of them."""
 
     linear: KernelLinear
-    folded: Int4Weight
     widths: tuple[int, ...]
+
+    @property
+    def folded(self) -> Int4Weight:
+        """The matrix as products of many rows take it."""
+        return self.linear.folded
 
     def __call__(self, rows: Rows, residual: Residual | None = None) -> Tensor:
         if rows.num_rows <= MAX_TOKENS:
@@ -166,4 +170,4 @@ def _stacked(maps: Sequence[nn.Module]) -> Product:
     linears = [linear for linear in maps if isinstance(linear, KernelLinear)]
     widths = tuple(len(linear.words) for linear in linears)
     linear = first if len(linears) == 1 else KernelLinear.stack(linears)
-    return PackedProduct(linear, linear.folded, widths)
+    return PackedProduct(linear, widths)

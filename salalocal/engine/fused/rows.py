@@ -29,7 +29,7 @@ from salalocal.kernels.swiglu import swiglu
 
 
 class Rows(Protocol):
-    """Activations in any form; each is computed at most once."""
+    """Activations in any form, made when it is asked for."""
 
     @property
     def num_rows(self) -> int:

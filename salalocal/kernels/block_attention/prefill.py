@@ -93,11 +93,12 @@ def _attend_block(
     scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
     if k_scales_ptr is not None:
         scores *= tl.load(k_scales_ptr + tokens * stride_sn, mask=is_there, other=0.0).to(tl.float32)[None, :]
+    has_picked = ((entry >> tile_row) & 1) > 0
+    scores = tl.where(has_picked[:, None], scores, float("-inf"))
     if IS_LAST:
         scores = tl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
-    has_picked = ((entry >> tile_row) & 1) > 0  # of a row that has not, all weights are 0
-    new_peak = tl.where(has_picked, tl.maximum(peak, tl.max(scores, 1) * log2_scale), peak)
-    weights = tl.exp2(scores * log2_scale - tl.where(has_picked, new_peak, float("inf"))[:, None])
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * log2_scale)
+    weights = tl.exp2(scores * log2_scale - new_peak[:, None])
     rescale = tl.exp2(peak - new_peak)
     total = total * rescale + tl.sum(weights, 1)
     if v_scales_ptr is not None:

@@ -23,6 +23,8 @@ from salalocal.kernels.int4.activations_by_group import dependent_launch
 
 MAX_ROWS = 16  # a step of speculative decoding; more rows are prefill's
 _MOST_BLOCKS = 2**16  # that the search for the largest can count
+_MOST_PARTS = 128  # whose normalisers one program joins at once
+_TILE_SCORES = 4096  # of one program at a time; more would not fit its registers
 _TILE_ROWS = 4  # rows that one program works on; more would not fit the registers with 16 heads each
 
 
@@ -202,7 +204,8 @@ def block_topk_decode(
     num_rows, num_groups = q.shape[1], k1.shape[2]
     tile = constants["ROWS"] * heads
     row_tiles = -(-num_rows // constants["ROWS"])
-    num_parts = max(1, num_multiprocessors(q.device) * launch.programs_per_core // num_groups)
+    programs = num_multiprocessors(q.device) * launch.programs_per_core
+    num_parts = min(_MOST_PARTS, max(1, programs // (num_groups * row_tiles)))
     capacity = k1.shape[1] // geometry.pooled_per_block + 1
     parts = torch.empty(row_tiles, num_groups, num_parts, 2, tile, dtype=torch.float32, device=q.device)
     starts, ends = torch.empty(
@@ -240,11 +243,12 @@ def choose_warps(blocks: int) -> int:
 
 def decode_constants(launch: DecodeLaunch, geometry: BlockGeometry, heads: int, q: Tensor) -> dict[str, Any]:
     """The compile-time arguments of the three kernels."""
+    rows = max(min(triton.next_power_of_2(q.shape[1]), _TILE_ROWS), 16 // heads)
     return {
-        "ROWS": max(min(triton.next_power_of_2(q.shape[1]), _TILE_ROWS), 16 // heads),
+        "ROWS": rows,
         "HEADS": heads,
         "DIM": q.shape[3],
-        "KEYS": max(launch.tile_keys, geometry.pooled_per_block),
+        "KEYS": max(min(launch.tile_keys, _TILE_SCORES // (rows * heads)), geometry.pooled_per_block),
         "COARSE_SIZE": geometry.coarse_kernel_size,
         "COARSE_STRIDE": geometry.coarse_kernel_stride,
         "PER_BLOCK": geometry.pooled_per_block,

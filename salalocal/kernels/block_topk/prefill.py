@@ -55,7 +55,9 @@ class PrefillLaunch:
 LAUNCH = {
     80: PrefillLaunch(tile_rows=128, tile_keys=64, segment_tiles=8, num_warps=8, num_stages=3),
     86: PrefillLaunch(tile_rows=128, tile_keys=64, segment_tiles=8, num_warps=8, num_stages=2),
-    90: PrefillLaunch(128, 128, segment_tiles=4, num_warps=8, num_stages=2, has_tma=True, max_registers=128),
+    90: PrefillLaunch(
+        128, 64, segment_tiles=8, num_warps=4, num_stages=2, programs_per_core=3, has_tma=True, max_registers=168
+    ),
     120: PrefillLaunch(tile_rows=128, tile_keys=64, segment_tiles=8, num_warps=8, num_stages=2),
 }
 

@@ -15,7 +15,7 @@ from salalocal.kernels.block_topk.decode import (
 from salalocal.kernels.block_topk.prefill import _block_topk_prefill_kernel, prefill_constants
 
 RELEASED = BlockGeometry(kernel_size=32, kernel_stride=16, block_size=64, init_blocks=1, window_size=2048, topk=64)
-KNOWN_SPILL_BYTES = 1400  # in the search for the largest of a full list, which is run a few times a tile
+KNOWN_SPILL_BYTES = 800  # around the lists, which are appended to and searched some thirty times a tile
 POINTERS = {"q_ptr": "*bf16", "k1_ptr": "*bf16", "k2_ptr": "*bf16", "picks_ptr": "*i64"}
 LISTS = {"floats_ptr": "*fp32", "ints_ptr": "*i32"}
 SIZES = {"first_position": "i32", "num_rows": "i32", "num_groups": "i32", "num_tiles": "i32", "log2_scale": "fp32"}
@@ -53,7 +53,7 @@ def decode_cases(architecture: int, num_rows: int) -> list[CompileCase]:
     counts = dict.fromkeys(("num_rows", "num_parts", "num_groups", "capacity", "num_picks", "sparse_from"), "i32")
     kernels = {
         _normalise_kernel: {"TILE": tile},
-        _score_kernel: {"PARTS": 128 * launch.programs_per_core},
+        _score_kernel: {"PARTS": 128},
         _choose_kernel: {"BLOCKS": 2**15, "PICKS_TILE": 128},
     }
     return [
@@ -69,11 +69,11 @@ def decode_cases(architecture: int, num_rows: int) -> list[CompileCase]:
             num_warps=choose_warps(2**15) if kernel is _choose_kernel else launch.num_warps,
             num_stages=launch.num_stages,
             divisible=tuple(name for name in (*pointers, *strides) if name in kernel.arg_names),
-            max_spill_bytes=200 if kernel is _choose_kernel else 0,  # 32 scores a thread at two million tokens
+            max_spill_bytes=120 if kernel is _choose_kernel else 0,  # 32 scores a thread at two million tokens
             architectures=(architecture,),
         )
         for kernel, own in kernels.items()
     ]
 
 
-CASES += [case for architecture in (86, 90) for num_rows in (1, 16) for case in decode_cases(architecture, num_rows)]
+CASES += [case for architecture in (86, 90) for num_rows in (1, 4) for case in decode_cases(architecture, num_rows)]

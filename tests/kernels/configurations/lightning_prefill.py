@@ -17,8 +17,7 @@ HEADS = {
     "FAST": True,
     "LOG2_E": LOG2_E,
 }
-NARROW = ("q_ptr", "k_ptr", "v_ptr", "o_ptr", "turned_q_ptr", "turned_k_ptr", "y_ptr", "gate_ptr", "x_ptr")
-NARROW += ("q_weight_ptr", "k_weight_ptr", "weight_ptr")
+NARROW = ("q_ptr", "k_ptr", "v_ptr", "o_ptr", "y_ptr", "gate_ptr", "x_ptr", "weight_ptr")
 WIDE = ("state_ptr", "new_state_ptr", "states_ptr", "slopes_ptr", "frequencies_ptr")
 STRIDES = tuple(f"{name}_stride_{axis}" for name in "qkvo" for axis in "bth")
 STRIDES += ("x_stride", "gate_stride", "stride_b", "stride_t", "stride_h")
@@ -39,30 +38,23 @@ def case(name: str, kernel: Any, constants: dict[str, Any], **settings: Any) -> 
     return CompileCase(name, kernel, TYPES, taken, num_stages=1, divisible=divisible, **settings)
 
 
-def prefill_case(launch: PrefillLaunch, is_raw: bool, cards: tuple[int, ...]) -> CompileCase:
-    """Plain heads from no state, or raw ones from a state."""
+def prefill_case(launch: PrefillLaunch, has_state: bool, cards: tuple[int, ...]) -> CompileCase:
     constants = HEADS | {
         "CHUNK": launch.chunk,
         "VALUES": launch.values,
         "LAG": launch.lag,
         "SUM_STAGES": launch.sum_stages,
         "OUTPUT_STAGES": launch.output_stages,
-        "HOLDS_QUERIES": launch.holds_queries,
-        "HAS_STATE": is_raw,
-        "TURN": is_raw,
+        "HAS_STATE": has_state,
     }
-    if not is_raw:
-        absent = ("state_ptr", "turned_q_ptr", "turned_k_ptr", "q_weight_ptr", "k_weight_ptr")
-        absent += ("positions_ptr", "frequencies_ptr")
-        constants |= dict.fromkeys(absent)
-    stages = f"{launch.sum_stages}+{launch.output_stages}s"
-    name = f"prefill {launch.chunk}x{launch.values} {launch.num_warps}w {stages}"
-    settings = {"num_warps": launch.num_warps, "architectures": cards}
-    return case(name + " raw" * is_raw, _prefill_kernel, constants, **settings)
+    constants |= {} if has_state else {"state_ptr": None}
+    name = f"prefill {launch.chunk}x{launch.values} {launch.num_warps}w {launch.sum_stages}+{launch.output_stages}s"
+    name += "" if has_state else ", no state"
+    return case(name, _prefill_kernel, constants, num_warps=launch.num_warps, architectures=cards)
 
 
 CASES = [
-    *(prefill_case(LAUNCHES[oldest], is_raw, ARCHITECTURES[oldest]) for oldest in LAUNCHES for is_raw in (False, True)),
+    *(prefill_case(LAUNCHES[oldest], has, ARCHITECTURES[oldest]) for oldest in LAUNCHES for has in (False, True)),
     case("q/k norm and RoPE", _norm_rope_kernel, HEADS | {"ROWS": 32, "HALF": 64}, num_warps=4),
     case("gated norm", _gated_norm_kernel, HEADS | {"CHANNELS": 4096, "WIDTH": 4096}, num_warps=NUM_WARPS),
 ]
