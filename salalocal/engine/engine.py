@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from salalocal.device import device_memory
 from salalocal.engine.fused.decoder import Decoder, GuessStats
@@ -48,7 +48,10 @@ class EngineConfig:
 
 
 class Engine:
-    """Prefill, decoding and logits of one model."""
+    """Prefill, decoding and logits of one model.
+
+    `forward` takes token ids and a state to hidden states: by fused kernels on a card, else module by module.
+    """
 
     def __init__(self, model: SalaModel, config: EngineConfig | None = None) -> None:
         self.model = model.eval()
@@ -57,12 +60,19 @@ class Engine:
         if why and model.device.type == "cuda":
             _LOG.warning("the model runs module by module, which is slow: %s", why)
         self._fused = None if why else FusedModel(model)
-        self._forward: Forward = self._fused or model
+        self.forward: Forward = self._fused or model
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.device
+
+    def keep_head(self) -> None:
+        """Give the memory of all layers back; from then on it can only turn hidden states into logits."""
+        self.model.model.layers = nn.ModuleList()
+        self._fused, self.forward = None, self.model
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def new_state(
         self, capacity: int = 0, switch: SwitchRule = SwitchRule.POSITION, prompt_tokens: int | None = None
@@ -96,7 +106,7 @@ class Engine:
         first_position, end = state.num_tokens, state.num_tokens + tokens.numel()
         last = None
         with torch.inference_mode():
-            for hidden in read_chunks(self._forward, tokens, state, self.config.chunk_size, is_cancelled):
+            for hidden in read_chunks(self.forward, tokens, state, self.config.chunk_size, is_cancelled):
                 last = hidden[:, -1:]
                 if on_progress is not None:
                     on_progress(state.num_tokens - first_position, tokens.numel())
@@ -147,7 +157,7 @@ class Engine:
         config = self.config if chunk_size is None else replace(self.config, chunk_size=chunk_size)
         tokens = as_ids(ids, self.model.config.vocab_size, self.device)
         state = self.new_state(tokens.numel(), switch, tokens.numel())
-        chunks = read_chunks(self._forward, tokens, state, config.chunk_size)
+        chunks = read_chunks(self.forward, tokens, state, config.chunk_size)
         while state.num_tokens < tokens.numel():
             with torch.inference_mode():  # not around a yield: the caller's own work must not fall under it
                 hidden = next(chunks)

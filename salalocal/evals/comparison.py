@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from salalocal.checkpoint.folder import ModelFolder
 from salalocal.checkpoint.hub import find_model
@@ -158,9 +157,7 @@ def _compare(
     dtype, device = first.engine.model.dtype, first.engine.device
     with naming_memory_errors("evaluating the original model"):
         reference = read_reference(first.engine, sequences, meter.of("original"))
-    first.engine.model.model.layers = nn.ModuleList()  # the logits need the head alone
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    first.engine.keep_head()
     second = _open(settings, models[1], dtype, sequences)
     with naming_memory_errors("evaluating the quantized model"):
         divergence = compare(reference, second.engine, meter.of("quantized"))

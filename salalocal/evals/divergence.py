@@ -147,7 +147,7 @@ def _hidden_rows(engine: Engine, sequence: Sequence[int]) -> Iterator[Tensor]:
     """The last hidden states of a sequence, chunk by chunk. Shapes: [C, hidden] each, on the model's device."""
     tokens = as_ids(sequence, engine.model.config.vocab_size, engine.device)
     state = engine.new_state(tokens.numel())
-    chunks = read_chunks(engine.model, tokens, state, engine.config.chunk_size)
+    chunks = read_chunks(engine.forward, tokens, state, engine.config.chunk_size)
     while state.num_tokens < tokens.numel():
         with torch.inference_mode():  # not around a yield: the caller's own work must not fall under it
             rows = next(chunks)[0]
