@@ -281,6 +281,7 @@ def ppl(
     """
     from salalocal.evals.perplexity import PerplexityRequest, measure_perplexity
     from salalocal.evals.questionnaire import Watch
+    from salalocal.session.usual_model import with_usual_model
     from salalocal.terminal.console import make_terminal
     from salalocal.terminal.study_view import StudyView, perplexity_lines
 
@@ -289,7 +290,8 @@ def ppl(
     terminal = make_terminal(streams.quiet)
     with _going_on(terminal), closing(StudyView(terminal)) as view:
         watch = Watch(view.show, terminal.tell)
-        report = measure_perplexity(_settings(study), request, _sources(file), study.place(), watch)
+        settings = with_usual_model(_settings(study), terminal.tell)
+        report = measure_perplexity(settings, request, _sources(file), study.place(), watch)
     if streams.json_:
         write_json(report.to_json())
     else:
@@ -305,13 +307,14 @@ def _ask_and_show(
 ) -> None:
     """Run an evaluation that asks, show its report, and end with code 7 if too few answers are right."""
     from salalocal.evals.questionnaire import Watch
+    from salalocal.session.usual_model import with_usual_model
     from salalocal.terminal.console import make_terminal, show_error
     from salalocal.terminal.study_view import StudyView
 
     answers.check()
     terminal = make_terminal(streams.quiet)
     with _going_on(terminal), closing(StudyView(terminal)) as view:
-        report = measure(settings, Watch(view.show, terminal.tell))
+        report = measure(with_usual_model(settings, terminal.tell), Watch(view.show, terminal.tell))
     if streams.json_:
         write_json(report.to_json())
     else:

@@ -4,7 +4,7 @@ refusals.
 No torch and no device here. Source of the figures: specification of MiniCPM-SALA, sections 14 and 15.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from math import prod
@@ -220,10 +220,10 @@ def longest_context(config: SalaConfig, memory_bytes: int, options: PlanOptions 
     return fits
 
 
-def check_fits(plan: MemoryPlan, memory_bytes: int, model: str = "MODEL") -> None:
+def check_fits(plan: MemoryPlan, memory_bytes: int, model: str = "MODEL", alternatives: Sequence[str] = ()) -> None:
     """Raises MemoryBudgetError, with the parts of the plan, if it does not fit into `memory_bytes`.
 
-    `model` names the model in the command of the hint.
+    The hint names the alternatives, commands that do fit, or else the command that shows the table of `model`.
     """
     if plan.total_bytes > memory_bytes:
         parts = {
@@ -236,7 +236,9 @@ def check_fits(plan: MemoryPlan, memory_bytes: int, model: str = "MODEL") -> Non
         raise MemoryBudgetError(
             f"a context of {plan.num_tokens:,} tokens needs {plan.total_bytes / 2**30:.2f} GiB ({shown}), "
             f"{memory_bytes / 2**30:.2f} GiB are free",
-            f"salalocal plan {model} --ctx {plan.num_tokens} shows the table and commands that do fit",
+            f"these would fit: {'; '.join(alternatives)}"
+            if alternatives
+            else f"salalocal plan {model} --ctx {plan.num_tokens} shows the table",
         )
 
 

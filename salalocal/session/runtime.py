@@ -37,6 +37,7 @@ from salalocal.prompt.tokenizer import Tokenizer
 from salalocal.quant.linear import DEFAULT_MATH
 from salalocal.session.generation import Generation
 from salalocal.session.memory import naming_memory_errors
+from salalocal.session.plan import PlanRequest, make_plan
 from salalocal.session.session import Session, SessionOptions, one_or_more
 from salalocal.session.tokens import BUILTIN_MAX_TOKENS, TextCodec, answer_room, default_max_tokens
 from salalocal.settings import Settings
@@ -223,7 +224,10 @@ def _plan(
         plan_options = replace(plan_options, weights=stored.weights, stored=stored)
     free = device_memory(device).free_bytes + (CUDA_DRIVER_BYTES if is_cuda else 0)  # the context is there already
     plan_options = fitted(config, options.num_tokens, free, plan_options, options.chunk_size)
-    check_fits(plan_memory(config, options.num_tokens, plan_options), free, name)
+    plan = plan_memory(config, options.num_tokens, plan_options)
+    if plan.total_bytes > free:
+        report = make_plan(config, PlanRequest(name, max(1, options.num_tokens), free, plan_options))
+        check_fits(plan, free, name, report.alternatives)
     return plan_options
 
 
