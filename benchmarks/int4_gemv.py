@@ -34,8 +34,8 @@ if DRY:
 
 from benchmarks.budget_report import Report  # noqa: E402
 from benchmarks.int4_gemv_cases import LAYERS, SPARSE_LAYERS, VOCABULARY, Layer, candidates, chosen_cases  # noqa: E402
+from salalocal.kernels import backend  # noqa: E402
 from salalocal.kernels.backend import tl, triton  # noqa: E402
-from salalocal.kernels.int4 import activations_by_group  # noqa: E402
 from salalocal.kernels.int4.activations_by_group import (  # noqa: E402
     GroupedActivations,
     RawActivations,
@@ -278,10 +278,10 @@ def search_case(
 
 
 def without_dependent_launch(run: list[Callable[[], Any]]) -> float:
-    known = activations_by_group.PDL_CAPABILITY
-    activations_by_group.PDL_CAPABILITY = 1000
+    known = backend.PDL_CAPABILITY
+    backend.PDL_CAPABILITY = 1000
     us, _ = graph_times(run, 0.05)
-    activations_by_group.PDL_CAPABILITY = known
+    backend.PDL_CAPABILITY = known
     return us
 
 

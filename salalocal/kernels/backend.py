@@ -19,7 +19,9 @@ __all__ = [
     "HAS_TRITON",
     "KERNELS_VARIABLE",
     "OLDEST_CAPABILITY",
+    "PDL_CAPABILITY",
     "compute_capability",
+    "dependent_launch",
     "entry_of_card",
     "num_multiprocessors",
     "tl",
@@ -29,6 +31,8 @@ __all__ = [
 
 _Entry = TypeVar("_Entry")
 
+# From this capability on, a kernel may start while the one before it still ends (programmatic dependent launch).
+PDL_CAPABILITY = 90
 OLDEST_CAPABILITY = 80  # what kernels are written for; a launch without a card takes its settings
 
 
@@ -72,6 +76,13 @@ def compute_capability(device: torch.device) -> int:
         return OLDEST_CAPABILITY
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
+
+
+def dependent_launch(device: torch.device) -> dict[str, Any]:
+    """Launch settings of a kernel that may start before the one ahead of it ends, where the card can do that."""
+    if compute_capability(device) < PDL_CAPABILITY:
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
 
 
 @cache

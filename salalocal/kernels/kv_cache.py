@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from salalocal.errors import BackendError
-from salalocal.kernels.backend import tl, triton, use_triton
+from salalocal.kernels.backend import dependent_launch, tl, triton, use_triton
 from salalocal.kernels.block_topk.geometry import BlockGeometry
-from salalocal.kernels.int4.activations_by_group import dependent_launch
 from salalocal.kernels.pooled_keys import num_pooled, pooled_keys_definition, pooled_keys_reference
 
 RECENT_TOKENS = 256  # length of the ring: the longest window, and drafts that may be overwritten

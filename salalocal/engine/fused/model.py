@@ -5,7 +5,7 @@ from torch import Tensor
 
 from salalocal.engine.fused.layers import FusedLightning, FusedMlp, FusedSparse, Place
 from salalocal.engine.fused.projection import can_take
-from salalocal.kernels.backend import HAS_TRITON
+from salalocal.kernels.backend import KERNELS_VARIABLE, OLDEST_CAPABILITY, compute_capability, use_triton
 from salalocal.kernels.embedding import embed
 from salalocal.kernels.norm import rms_norm
 from salalocal.model.mixers.lightning import LightningMixer
@@ -48,8 +48,10 @@ def why_not_fused(model: SalaModel) -> str:
     config = model.config
     if model.device.type != "cuda":
         return "it is not on a CUDA device"
-    if not HAS_TRITON:
-        return "Triton is not installed"
+    if not use_triton(model.model.norm.weight):
+        return f"Triton is not installed, or {KERNELS_VARIABLE} turns kernels off"
+    if compute_capability(model.device) < OLDEST_CAPABILITY:
+        return f"the card is older than compute capability {OLDEST_CAPABILITY / 10}"
     if model.dtype != torch.bfloat16:
         return f"it computes in {str(model.dtype).removeprefix('torch.')}, the kernels in bfloat16"
     if config.lightning.num_key_value_heads != config.lightning.num_heads:

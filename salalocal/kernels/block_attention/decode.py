@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salalocal.kernels.backend import compute_capability, entry_of_card, tl, triton
+from salalocal.kernels.backend import compute_capability, dependent_launch, entry_of_card, tl, triton
 from salalocal.kernels.block_attention.prefill import LOG2_E, check_supported
-from salalocal.kernels.int4.activations_by_group import dependent_launch
 from salalocal.kernels.kv_cache import KeyValues
 
 MAX_ROWS = 16  # a step of speculative decoding; more rows are prefill's

@@ -14,12 +14,19 @@ import torch
 from torch import Tensor
 
 from salalocal.errors import BackendError
-from salalocal.kernels.backend import HAS_INLINE_ASM, compute_capability, entry_of_card, num_multiprocessors, tl, triton
+from salalocal.kernels.backend import (
+    HAS_INLINE_ASM,
+    compute_capability,
+    dependent_launch,
+    entry_of_card,
+    num_multiprocessors,
+    tl,
+    triton,
+)
 from salalocal.kernels.block_topk.geometry import BlockGeometry
 from salalocal.kernels.block_topk.prefill import LOG2_E, check_supported
 from salalocal.kernels.block_topk.reference import heads_per_group
 from salalocal.kernels.block_topk.scoring import LOWEST, largest_of_lists, log_sum_over_heads, row_and_head
-from salalocal.kernels.int4.activations_by_group import dependent_launch
 
 MAX_ROWS = 16  # a step of speculative decoding; more rows are prefill's
 _MOST_BLOCKS = 2**16  # that the search for the largest can count

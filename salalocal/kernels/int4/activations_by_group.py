@@ -11,22 +11,18 @@ A NaN or an infinity in a group makes its scale NaN, so that it shows in whateve
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from salalocal.errors import BackendError
-from salalocal.kernels.backend import compute_capability, tl, triton, use_triton
+from salalocal.kernels.backend import dependent_launch, tl, triton, use_triton
 from salalocal.kernels.norm import rms_norm_definition, rms_norm_reference
 
 ACTIVATION_GROUP = 128
 _GROUP = tl.constexpr(ACTIVATION_GROUP)
 _LARGEST_CODE = 127.0
 MAX_NORM_FEATURES = 16384
-
-# From this capability on, a kernel may start while the one before it still ends (programmatic dependent launch).
-PDL_CAPABILITY = 90
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,13 +178,6 @@ def grouped_activations_triton(
         **dependent_launch(x.device),
     )
     return GroupedActivations(values, scales, is_split)
-
-
-def dependent_launch(device: torch.device) -> dict[str, Any]:
-    """Launch settings of a kernel that may start before the one ahead of it ends, where the card can do that."""
-    if compute_capability(device) < PDL_CAPABILITY:
-        return {"PDL": False}
-    return {"PDL": True, "launch_pdl": True}
 
 
 def quantize_groups(x: Tensor, is_split: bool = True) -> GroupedActivations:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from salalocal.errors import BackendError
-from salalocal.kernels.backend import tl, triton, use_triton
-from salalocal.kernels.int4.activations_by_group import GroupedActivations, dependent_launch
+from salalocal.kernels.backend import dependent_launch, tl, triton, use_triton
+from salalocal.kernels.int4.activations_by_group import GroupedActivations
 from salalocal.kernels.int4.gemv import Epilogue, PackedMatrix, int4_gemv, int4_gemv_triton
 from salalocal.kernels.int4.gemv.epilogue import ordered_key
 

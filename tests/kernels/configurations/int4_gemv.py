@@ -5,11 +5,11 @@ from typing import Any
 
 from compile_case import CompileCase
 
+from salalocal.kernels.backend import PDL_CAPABILITY
 from salalocal.kernels.int4.activations_by_group import (
     GROUPS_PER_PROGRAM,
     NORM_WARPS,
     NUM_WARPS,
-    PDL_CAPABILITY,
     _grouped_activations_kernel,
 )
 from salalocal.kernels.int4.gemv.launch import LAUNCH, Launch, StreamLaunch, TileLaunch

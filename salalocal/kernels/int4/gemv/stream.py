@@ -10,12 +10,11 @@ Shapes: rows bf16 [M, K], M <= 4, K a power of two; 4 bits alone.
 import torch
 
 from salalocal.errors import BackendError
-from salalocal.kernels.backend import HAS_INLINE_ASM, num_multiprocessors, tl, triton
+from salalocal.kernels.backend import HAS_INLINE_ASM, dependent_launch, num_multiprocessors, tl, triton
 from salalocal.kernels.int4.activations_by_group import (
     ACTIVATION_GROUP,
     GroupedActivations,
     RawActivations,
-    dependent_launch,
 )
 from salalocal.kernels.int4.gemv.epilogue import tile_rows, write_token
 from salalocal.kernels.int4.gemv.launch import MAX_WORD_TOKENS, StreamLaunch

@@ -10,8 +10,8 @@ result does not depend on who came last.
 import torch
 
 from salalocal.errors import BackendError
-from salalocal.kernels.backend import HAS_INLINE_ASM, tl, triton
-from salalocal.kernels.int4.activations_by_group import ACTIVATION_GROUP, GroupedActivations, dependent_launch
+from salalocal.kernels.backend import HAS_INLINE_ASM, dependent_launch, tl, triton
+from salalocal.kernels.int4.activations_by_group import ACTIVATION_GROUP, GroupedActivations
 from salalocal.kernels.int4.gemv.epilogue import ordered_key, tile_rows
 from salalocal.kernels.int4.gemv.launch import TileLaunch
 from salalocal.kernels.int4.gemv.product import Product, Scratch

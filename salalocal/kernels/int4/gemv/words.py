@@ -6,8 +6,8 @@ its value, and two dp4a multiply and add them. Every four words the sum is scale
 
 import torch
 
-from salalocal.kernels.backend import HAS_INLINE_ASM, tl, triton
-from salalocal.kernels.int4.activations_by_group import ACTIVATION_GROUP, GroupedActivations, dependent_launch
+from salalocal.kernels.backend import HAS_INLINE_ASM, dependent_launch, tl, triton
+from salalocal.kernels.int4.activations_by_group import ACTIVATION_GROUP, GroupedActivations
 from salalocal.kernels.int4.gemv.epilogue import tile_rows, write_token
 from salalocal.kernels.int4.gemv.launch import MAX_WORD_TOKENS, WordLaunch
 from salalocal.kernels.int4.gemv.product import Product
