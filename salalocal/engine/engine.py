@@ -270,6 +270,8 @@ class Generation(Iterator[int]):
         token = self._decoder.next_token(self.ids[-1]) if self.ids else self._sampler.sample(self._logits)
         self.ids.append(token)
         self.reason = self._end_after(token)
+        if self.reason is not None:
+            self._state.settle()
         return token
 
     def _end_after(self, token: int) -> EndReason | None:

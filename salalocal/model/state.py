@@ -96,6 +96,7 @@ class GrowingRows:
         self._shape = (spec.batch_size, num_heads, head_dim)
         self._device, self._dtype = spec.device, spec.dtype
         self._num_rows = 0
+        self._num_claimed = 0
         self._buffer = _Buffer(self._allocate(spec.capacity if capacity is None else capacity))
         self._buffer.holders.add(self)
 
@@ -122,7 +123,8 @@ class GrowingRows:
     def make_room(self, end: int) -> None:
         """See that rows up to `end` can be written in place, without harm to any fork; may move to another buffer."""
         capacity = self._buffer.rows.shape[2]
-        behind = any(other is not self and other._num_rows > self._num_rows for other in self._buffer.holders)
+        others = (other for other in self._buffer.holders if other is not self)
+        behind = any(max(other._num_rows, other._num_claimed) > self._num_rows for other in others)
         if end <= capacity and not behind:
             return
         grown = self._allocate(capacity if end <= capacity else max(end, capacity + capacity // 8))
@@ -132,6 +134,15 @@ class GrowingRows:
         buffer = _Buffer(grown)
         for holder in moving:
             holder._move_to(buffer)
+
+    def claim(self, end: int) -> None:
+        """Make room for rows that a kernel will write one after the other; until `release` nobody else writes there."""
+        self.make_room(end)
+        self._num_claimed = end
+
+    def release(self) -> None:
+        """Give up what was claimed."""
+        self._num_claimed = 0
 
     def extend(self, num_rows: int) -> None:
         """Take in rows that a kernel has written to `storage` behind the last one. Raises: ValueError without room."""
@@ -163,7 +174,7 @@ class GrowingRows:
         """Another cache with the same rows, at no cost until both append."""
         other = object.__new__(GrowingRows)
         other._shape, other._device, other._dtype = self._shape, self._device, self._dtype
-        other._num_rows = self._num_rows
+        other._num_rows, other._num_claimed = self._num_rows, 0
         other._buffer = self._buffer
         self._buffer.holders.add(other)
         return other
@@ -246,6 +257,16 @@ class KVCache:
         """See that tokens up to `end` can be written in place; see `GrowingRows`."""
         for part in self._parts.values():
             part.make_room(end)
+
+    def claim(self, end: int) -> None:
+        """Make room up to `end` that nobody else writes to; see `GrowingRows`."""
+        for part in self._parts.values():
+            part.claim(end)
+
+    def release(self) -> None:
+        """Give up what was claimed."""
+        for part in self._parts.values():
+            part.release()
 
     def extend(self, num_tokens: int) -> None:
         """Count tokens that a kernel has written to the storage."""

@@ -89,7 +89,8 @@ def read_prompt(
     """
     point = store.longest(prompt.tokens)
     started_s = time.monotonic()
-    state = engine.new_state(len(prompt.ids) + room) if point is None else point.state.fork()
+    with naming_memory_errors(f"making room for {len(prompt.ids) + room:,} tokens"):
+        state = engine.new_state(len(prompt.ids) + room) if point is None else point.state.fork()
     logits = None if point is None else point.logits
     cached = position = 0 if point is None else point.num_tokens
     saves = [save for save in prompt.save_positions(engine.config.chunk_size) if save > position]

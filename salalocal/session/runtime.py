@@ -117,8 +117,8 @@ class Runtime:
             raise ContextError(
                 f"a prompt of {len(ids):,} tokens does not fit a context of {self.context_limit:,} tokens"
             )
-        state = self.engine.new_state(len(ids) + answer_room(max_tokens))
         with naming_memory_errors("reading the prompt"):
+            state = self.engine.new_state(len(ids) + answer_room(max_tokens))
             logits = self.engine.prefill(ids, state)
         if logits is None:
             raise ValueError("a prefill that nobody can cancel was cancelled")

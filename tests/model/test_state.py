@@ -470,3 +470,19 @@ def test_forks_of_a_model_state_go_their_own_ways(seed: int) -> None:
     after = {name: tensor for layer in state.layers for name, tensor in layer.tensors().items()}
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert state.nbytes == sum(layer.nbytes for layer in state.layers)
+
+
+def test_rows_that_are_claimed_are_left_alone_by_forks(seed: int) -> None:
+    draw, rows = Rows(seed), GrowingRows(spec(capacity=64), 3, 4)
+    rows.append(draw(10))
+    fork = rows.fork()
+    rows.claim(30)
+    storage = rows.storage
+    storage[:, :, 10:12] = 7.0  # as a captured step writes, which nobody counts yet
+    fork.append(draw(100))
+    assert rows.storage is storage and (storage[:, :, 10:12] == 7.0).all() and fork.num_rows == 110
+    rows.extend(2)
+    rows.release()
+    late = rows.fork()
+    late.append(draw(1))
+    assert late.storage is storage and rows.num_rows == 12

@@ -16,8 +16,9 @@ from salalocal.engine.fused.model import FusedModel
 from salalocal.engine.fused.step import Step, StepState, TokenChoice, commit
 from salalocal.engine.prompt_lookup import PromptLookup
 from salalocal.engine.sampling import Sampler
-from salalocal.errors import NumericError
+from salalocal.errors import NumericError, StateError
 from salalocal.kernels.lightning_decode import MAX_STEPS
+from salalocal.model.mixers.sparse import SparseState
 from salalocal.model.state import ModelState
 
 # Room for so many tokens is made at a time; what follows is captured anew.
@@ -60,7 +61,7 @@ class Decoder:
         """
         with torch.inference_mode():
             if self._run is None or self._run.is_full:
-                self._state.settle()
+                self._state.check_whole()  # settles first
                 self._run = _Run(self._model, self._state, token, self._sampler, min(self._left, ROOM_TOKENS))
                 self._state.lend(self._settle)
             self._left -= 1
@@ -70,10 +71,19 @@ class Decoder:
             return self._run.next_token_guessing(self._lookup, self.stats)
 
     def _settle(self) -> None:
+        if self._run is not None and self._run.is_under_way:
+            self._state.lend(self._settle)  # whoever asks next is refused as well
+            raise StateError(
+                "an answer was interrupted in the middle of a step, and its state with it",
+                "go on from a fork made before the answer",
+            )
         run, self._run = self._run, None
         if run is not None:
             with torch.inference_mode():
                 run.end()
+            del run
+            if self._model.model.device.type == "cuda":
+                torch.cuda.empty_cache()  # the memory of a graph that is gone comes back in no other way
 
 
 class _Run:
@@ -93,6 +103,7 @@ class _Run:
         self._landed = [_Landing(self._tensors.drawn) for _ in range(2)]
         # Tokens of the last step: how many are taken, and those that are not.
         self._taken_of_step, self._drawn = 0, list[int]()
+        self.is_under_way = False
 
     @property
     def is_full(self) -> bool:
@@ -100,6 +111,7 @@ class _Run:
 
     def next_token(self) -> int:
         """The next token; the step behind it is on its way."""
+        self.is_under_way = True
         while self._launched < min(self._taken + 2, self._room):
             self._step.launch()
             self._landed[self._launched % 2].take()
@@ -110,6 +122,7 @@ class _Run:
 
     def next_token_guessing(self, lookup: PromptLookup, stats: GuessStats) -> int:
         """The next token, of the last step or of a new one that checks guesses."""
+        self.is_under_way = True
         if not self._drawn:
             guesses = lookup.guess(GUESS_ROWS - 1)
             if guesses:
@@ -130,6 +143,9 @@ class _Run:
 
     def end(self) -> None:
         """Bring the lightning matrices up to what was taken: a step ahead has done so already."""
+        for layer in self._state.layers:
+            if isinstance(layer, SparseState):
+                layer.release()
         is_ahead = self._launched > self._taken and not self._drawn
         if self._taken and not is_ahead:
             self._tensors.count.fill_(self._taken_of_step)
@@ -147,6 +163,7 @@ class _Run:
         self._state.num_tokens += 1
         for layer in self._state.layers:
             layer.extend(1)
+        self.is_under_way = False
         return token
 
 

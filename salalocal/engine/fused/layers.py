@@ -161,7 +161,7 @@ class FusedMlp:
 def new_memory(state: LayerState, num_tokens: int, count: Tensor, parity: Tensor) -> SparseMemory | LightningMemory:
     """The tensors of a layer's state for steps over up to `num_tokens` more tokens; count and parity as `StepState`."""
     if isinstance(state, SparseState):
-        return SparseMemory(state.room_for(num_tokens), state.sparse_from)
+        return SparseMemory(state.claim(num_tokens), state.sparse_from)
     assert isinstance(state, LightningState)
     matrix = state.writable()
     _, num_heads, key_dim, value_dim = matrix.shape

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from salalocal.engine.fused.layers import FusedLightning, FusedMlp, FusedSparse, Place
 from salalocal.engine.fused.projection import can_take
+from salalocal.errors import StateError
 from salalocal.kernels.backend import KERNELS_VARIABLE, OLDEST_CAPABILITY, compute_capability, use_triton
 from salalocal.kernels.embedding import embed
 from salalocal.kernels.norm import rms_norm
@@ -19,10 +20,13 @@ class FusedModel:
 
     def __init__(self, model: SalaModel) -> None:
         self.model = model
+        self._config_digest = model.config.digest
         self.layers = [_fused(model, block) for block in model.model.layers if isinstance(block, SalaBlock)]
 
     def __call__(self, tokens: Tensor, state: ModelState) -> Tensor:
         """As `SalaModel.forward`, for one sequence. Shapes: tokens [1, T] int64 -> hidden [1, T, hidden]."""
+        if state.config_digest != self._config_digest:
+            raise StateError("the state was made by another model")
         state.check_whole()
         first = state.num_tokens
         positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)

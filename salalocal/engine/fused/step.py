@@ -6,6 +6,7 @@ were accepted: so drafts can be refused, and a step that ran ahead for nothing h
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -146,7 +147,10 @@ def _captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             run()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError):  # of a capture that failed; what made it fail is the error to see
+                graph.capture_end()
+            raise
+        graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
     return graph

@@ -97,6 +97,20 @@ class SparseState:
         k1, k2 = self._fine.storage[0], self._coarse.storage[0]
         return CacheRows(parts["k"], parts["v"], key_scales, value_scales, k1, k2, recent)
 
+    def claim(self, num_tokens: int) -> CacheRows:
+        """As `room_for`, for steps that write through these addresses until `release`: forks keep off them."""
+        end = self.num_tokens + num_tokens
+        self._cache.claim(end)
+        for pooled, kernel, stride in self._windows:
+            pooled.claim(num_pooled(end, kernel, stride))
+        return self.room_for(num_tokens)
+
+    def release(self) -> None:
+        """Give up what was claimed."""
+        self._cache.release()
+        for pooled, _, _ in self._windows:
+            pooled.release()
+
     def extend(self, num_tokens: int) -> None:
         """Count tokens that a kernel has appended to the buffers of `room_for`."""
         self._cache.extend(num_tokens)

@@ -8,7 +8,7 @@ from salalocal.engine.fused.decoder import Decoder
 from salalocal.engine.fused.model import FusedModel
 from salalocal.engine.sampling import Sampler
 from salalocal.engine.sampling_params import SamplingParams
-from salalocal.errors import NumericError
+from salalocal.errors import NumericError, StateError
 from salalocal.model.state import ModelState
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0)
@@ -98,3 +98,21 @@ def test_room_is_made_anew_when_it_is_used_up(seed: int, model: FusedModel, monk
     short = Decoder(model, state, Sampler(GREEDY), 6)
     assert [short.next_token(token) for token in tokens[:6]] == tokens[1:]
     assert state.layers[0].tensors()["s"].device == CPU
+
+
+def test_a_state_interrupted_in_a_step_is_refused(
+    seed: int, model: FusedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = read(model, seed)
+    decoder = Decoder(model, state, Sampler(GREEDY), 8)
+    decoder.next_token(3)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("salalocal.engine.fused.decoder._Landing.wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        decoder.next_token(4)
+    for _ in range(2):
+        with pytest.raises(StateError, match="interrupted"):
+            state.fork()
