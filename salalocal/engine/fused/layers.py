@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from salalocal.engine.fused.projection import Projection
-from salalocal.engine.fused.rows import GatedNormRows, GatedRows, NormedRows, PlainRows
+from salalocal.engine.fused.rows import NormedRows, PlainRows, gated_norm_rows, gated_rows
 from salalocal.kernels.block_attention import block_attention_decode
 from salalocal.kernels.block_topk import block_topk_decode
 from salalocal.kernels.gated_norm import GatedNorm
@@ -85,7 +85,7 @@ class FusedLightning:
         recurrence = Recurrence(self._slopes, self._scale, state.matrix, self._norm_rope(place.positions))
         o, (matrix,) = lightning_prefill_triton(q, k, v, recurrence)
         state.advance(matrix, len(hidden))
-        gated = GatedNormRows(o[0].flatten(1), GatedNorm(weight=self._o_norm.weight, gate=z, eps=self._o_norm.eps))
+        gated = gated_norm_rows(o[0].flatten(1), GatedNorm(weight=self._o_norm.weight, gate=z, eps=self._o_norm.eps))
         return self._out.join(gated, Residual(hidden, self._residual_scale))
 
     def step(self, hidden: Tensor, memory: LayerMemory, place: Place) -> Tensor:
@@ -127,7 +127,7 @@ class FusedSparse:
         append_tokens(state.room_for(len(hidden)), k, v, place.positions[:1], self._geometry)
         state.extend(len(hidden))
         attended = attend(q[None], state, place.first, self._geometry, self._scale)
-        gated = GatedRows(attended[0].flatten(1), gate)
+        gated = gated_rows(attended[0].flatten(1), gate)
         return self._out.join(gated, Residual(hidden, self._residual_scale))
 
     def step(self, hidden: Tensor, memory: LayerMemory, place: Place) -> Tensor:

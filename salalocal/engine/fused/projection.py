@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from salalocal.engine.fused.rows import PlainRows, Rows, SwigluRows
+from salalocal.engine.fused.rows import PlainRows, Rows, swiglu_rows
 from salalocal.kernels.backend import compute_capability
 from salalocal.kernels.int4.activations_by_group import float_activations
 from salalocal.kernels.int4.activations_by_row import QuantizedRows, split_rows
@@ -131,7 +131,7 @@ class Projection:
                 return PlainRows(product.few(rows, SWIGLU))
             if product.route(rows.num_rows) == "scratch_int8":
                 return PlainRows(product.many_gated(rows))
-        return SwigluRows(*self(rows))
+        return swiglu_rows(*self(rows))
 
 
 def can_take(linear: nn.Module) -> bool:

@@ -6,8 +6,9 @@ SwiGLU and gate are applied in the kernel that makes that form, so no form is ma
 Shapes: [M, K] bf16 in, row-strided slices too; a row is a token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -94,69 +95,35 @@ class NormedRows:
 
 
 @dataclass(frozen=True, eq=False)
-class SwigluRows:
+class MadeRows:
+    """Rows that one kernel makes plain, and another quantized."""
+
+    num_rows: int
+    make: Callable[[], Tensor]
+    make_quantized: Callable[[torch.dtype], QuantizedRows]
+
+    @property
+    def raw(self) -> RawActivations:
+        return RawActivations(self.plain)
+
+    @cached_property
+    def plain(self) -> Tensor:
+        return self.make()
+
+    def quantized(self, dtype: torch.dtype) -> QuantizedRows:
+        return self.make_quantized(dtype)
+
+
+def swiglu_rows(gate: Tensor, up: Tensor) -> MadeRows:
     """silu(gate) * up."""
-
-    gate: Tensor
-    up: Tensor
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.gate)
-
-    @property
-    def raw(self) -> RawActivations:
-        return RawActivations(self.plain)
-
-    @cached_property
-    def plain(self) -> Tensor:
-        return swiglu(self.gate, self.up)
-
-    def quantized(self, dtype: torch.dtype) -> QuantizedRows:
-        return swiglu_quantize(self.gate, self.up, dtype)
+    return MadeRows(len(gate), partial(swiglu, gate, up), partial(swiglu_quantize, gate, up))
 
 
-@dataclass(frozen=True, eq=False)
-class GatedRows:
+def gated_rows(x: Tensor, gate: Tensor) -> MadeRows:
     """x * sigmoid(gate)."""
-
-    x: Tensor
-    gate: Tensor
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.x)
-
-    @property
-    def raw(self) -> RawActivations:
-        return RawActivations(self.plain)
-
-    @cached_property
-    def plain(self) -> Tensor:
-        return sigmoid_gate(self.x, self.gate)
-
-    def quantized(self, dtype: torch.dtype) -> QuantizedRows:
-        return sigmoid_gate_quantize_rows(self.x, self.gate, dtype)
+    return MadeRows(len(x), partial(sigmoid_gate, x, gate), partial(sigmoid_gate_quantize_rows, x, gate))
 
 
-@dataclass(frozen=True, eq=False)
-class GatedNormRows:
+def gated_norm_rows(x: Tensor, arguments: GatedNorm) -> MadeRows:
     """rms_norm(x) * weight * sigmoid(gate)."""
-
-    x: Tensor
-    gated_norm: GatedNorm
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.x)
-
-    @property
-    def raw(self) -> RawActivations:
-        return RawActivations(self.plain)
-
-    @cached_property
-    def plain(self) -> Tensor:
-        return gated_norm(self.x, self.gated_norm)
-
-    def quantized(self, dtype: torch.dtype) -> QuantizedRows:
-        return gated_norm_quantize_rows(self.x, self.gated_norm, dtype)
+    return MadeRows(len(x), partial(gated_norm, x, arguments), partial(gated_norm_quantize_rows, x, arguments))
