@@ -1,11 +1,13 @@
 """What the lightning benchmarks share: inputs of the released shape, timing, and the checks that come before it."""
 
+import multiprocessing
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +22,9 @@ SCALE = DIM**-0.5
 BYTES_A_TOKEN = 4 * HEADS * DIM * 2  # q, k, v, o
 CHECKED_TOKENS = (1, 2, 15, 16, 17, 63, 64, 65, 127, 1000, 4097)
 MAX_STATE_ERROR = 2e-5
+COMPILE_LIMIT_S = 60.0
+
+Launch = TypeVar("Launch")
 
 results: dict[str, Any] = {}
 started_s = time.monotonic()
@@ -65,6 +70,25 @@ def copy_gb_per_s() -> float:
     us, _ = timed_us([lambda: y.copy_(x)])
     note("copy of 1 GiB", gb_per_s=2 * x.nbytes / us / 1e3)
     return 2 * x.nbytes / us / 1e3
+
+
+def launches_that_run(launches: Sequence[Launch], first_run: Callable[[Launch], str]) -> list[Launch]:
+    """Those that compile and end, all compiled side by side; `first_run` says what is wrong with one, if anything."""
+    began_s = time.monotonic()
+    good: list[Launch] = []
+    with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count() or 1)) as pool:
+        running = [(launch, pool.apply_async(first_run, (launch,))) for launch in launches]
+        for launch, outcome in running:
+            try:
+                told = outcome.get(max(0.0, COMPILE_LIMIT_S - (time.monotonic() - began_s)))
+            except multiprocessing.TimeoutError:
+                told = f"no end within {COMPILE_LIMIT_S} s"
+            if told:
+                note(f"failed {launch}", why=told)
+            else:
+                good.append(launch)
+    note(f"compile {len(launches)}", seconds=time.monotonic() - began_s)
+    return good
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:

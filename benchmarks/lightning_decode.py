@@ -8,8 +8,6 @@ states, past the L2 cache, each with pending tokens of its own; the heads are as
 
 import argparse
 import json
-import multiprocessing
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,7 +23,9 @@ from benchmarks.lightning_cases import (
     EPS,
     HEADS,
     SCALE,
+    copy_gb_per_s,
     draw,
+    launches_that_run,
     norm_rope_for,
     note,
     relative_error,
@@ -52,7 +52,6 @@ FIRST = 1_000_000  # position
 LAUNCHES = tuple(DecodeLaunch(values=v, num_warps=w) for v in (8, 16, 32) for w in (1, 2, 4))
 NUM_STATES = 48  # 2 MiB each: a token's 24 layers twice over
 BYTES_A_STEP = 2 * HEADS * DIM * DIM * 4
-COMPILE_LIMIT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -152,33 +151,6 @@ def first_run(launch: DecodeLaunch) -> str:
     return ""
 
 
-def launches_that_run(launches: list[DecodeLaunch]) -> list[DecodeLaunch]:
-    """All compiled side by side."""
-    began_s = time.monotonic()
-    good = []
-    with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count() or 1)) as pool:
-        running = [(launch, pool.apply_async(first_run, (launch,))) for launch in launches]
-        for launch, outcome in running:
-            try:
-                told = outcome.get(max(0.0, COMPILE_LIMIT_S - (time.monotonic() - began_s)))
-            except multiprocessing.TimeoutError:
-                told = f"no end within {COMPILE_LIMIT_S} s"
-            if told:
-                note(f"failed {launch}", why=told)
-            else:
-                good.append(launch)
-    note(f"compile {len(launches)}", seconds=time.monotonic() - began_s)
-    return good
-
-
-def copy_gb_per_s() -> float:
-    x = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
-    y = torch.empty_like(x)
-    us, _ = timed_us([lambda: y.copy_(x)])
-    note("copy of 1 GiB", gb_per_s=2 * x.nbytes / us / 1e3)
-    return 2 * x.nbytes / us / 1e3
-
-
 def measure_peers() -> None:
     """One token by torch, with norm, rotation and gate; by fla the recurrence alone, where it is installed."""
     steps = Steps.begin(1, 1)
@@ -207,7 +179,7 @@ def measure_peers() -> None:
 
 def measure(seconds: float) -> None:
     note("device", name=torch.cuda.get_device_name(), torch=torch.__version__)
-    good = launches_that_run([LAUNCH, *(launch for launch in LAUNCHES if launch != LAUNCH)])
+    good = launches_that_run([LAUNCH, *(launch for launch in LAUNCHES if launch != LAUNCH)], first_run)
     copy = copy_gb_per_s()
     best: dict[str, tuple[float, DecodeLaunch]] = {}
     for launch in good:

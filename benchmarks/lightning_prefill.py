@@ -10,7 +10,6 @@ the dtype of the state does.
 
 import argparse
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -32,6 +31,7 @@ from benchmarks.lightning_cases import (
     check_turned,
     copy_gb_per_s,
     draw,
+    launches_that_run,
     norm_rope_for,
     note,
     relative_error,
@@ -68,7 +68,6 @@ MMA_SYNC_TILES = (
     (256, 32, 64, 1, 4, 3, 3),
     (512, 32, 64, 1, 8, 3, 3),
 )
-COMPILE_LIMIT_S = 60.0
 TOKENS = 8192
 HAS_WGMMA = not os.environ.get("DISABLE_MMA_V3")
 
@@ -93,25 +92,6 @@ def first_run(launch: PrefillLaunch) -> str:
     except Exception as error:  # a launch that a card cannot hold is a result
         return f"{type(error).__name__} {str(error)[:120]}"
     return ""
-
-
-def first_runs(tried: list[PrefillLaunch]) -> list[PrefillLaunch]:
-    """Those that compile and end, all compiled side by side."""
-    began_s = time.monotonic()
-    good: list[PrefillLaunch] = []
-    with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count() or 1)) as pool:
-        running = [(launch, pool.apply_async(first_run, (launch,))) for launch in tried]
-        for launch, outcome in running:
-            try:
-                told = outcome.get(max(0.0, COMPILE_LIMIT_S - (time.monotonic() - began_s)))
-            except multiprocessing.TimeoutError:
-                told = f"no end within {COMPILE_LIMIT_S} s"
-            if told:
-                note(f"failed {launch}", why=told)
-            else:
-                good.append(launch)
-    note(f"compile {len(tried)}", seconds=time.monotonic() - began_s)
-    return good
 
 
 def prefill_us(launch: PrefillLaunch, inputs: list[Any], *, is_raw: bool = False) -> tuple[float, float]:
@@ -194,7 +174,7 @@ def run_child(name: str, limit_s: float, *arguments: str, **environment: str) ->
 
 def measure(arguments: argparse.Namespace, warming: subprocess.Popen[bytes] | None) -> None:
     note("device", name=torch.cuda.get_device_name(), torch=torch.__version__, has_wgmma=HAS_WGMMA)
-    good = first_runs(launches())
+    good = launches_that_run(launches(), first_run)
     if warming is not None:
         warming.send_signal(signal.SIGSTOP)
     copy = copy_gb_per_s()
