@@ -55,7 +55,11 @@ class Document:
 
 @dataclass
 class Turn:
-    """A question with its answer and the document lines (document, line) the answer is copied from."""
+    """A question with its answer and the document lines (document, line) the answer is copied from.
+
+    `pointers`, where a maker knows them exactly: per id of the answer the position it is copied from, and the one that
+    the way there leads over.
+    """
 
     kind: str
     question: str
@@ -63,6 +67,7 @@ class Turn:
     document: int = -1
     line: int = -1
     key: str = ""
+    pointers: tuple[list[int], list[int]] | None = None
 
 
 @dataclass
@@ -418,7 +423,8 @@ class ArchiveMaker:
             question = self.encode(turn.question)
             answer = self.encode(turn.answer)
             lead = [] if not used else [*self.newline, *self.user]
-            if len(answer) > MAX_ANSWER_TOKENS or len(ids) + len(lead) + len(question) + len(answer) + 12 > length + 1:
+            is_long = turn.pointers is None and len(answer) > MAX_ANSWER_TOKENS
+            if is_long or len(ids) + len(lead) + len(question) + len(answer) + 12 > length + 1:
                 continue
             ids += lead + question + self.assistant
             marks += [IGNORE] * (len(ids) - len(marks))
@@ -439,6 +445,8 @@ class ArchiveMaker:
             hops += [-1] * (len(ids) - len(hops))
             if hop >= 0:
                 hops[-len(answer) - 1 :] = [hop] * (len(answer) + 1)
+            if turn.pointers is not None:
+                sources[-len(answer) - 1 : -1], hops[-len(answer) - 1 : -1] = turn.pointers
             used.append(turn)
         pad = length + 1 - len(ids)
         marks += [IGNORE] * pad

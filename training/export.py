@@ -2,7 +2,8 @@
 
 In: saved weights (training/runs/NAME). Out: config.json, model.safetensors (bf16), generation_config.json and
 chat_template.jinja in training/runs/exported. For: training/variants.py, which makes the shipped folder of it.
-Run: `python -m training.export training/runs/two`.
+Run: `python -m training.export training/runs/two`. With `--before FOLDER --share 0.75` what is written lies between the
+weights that training began with and those it gave: it keeps more of what the former could do.
 """
 
 import argparse
@@ -26,16 +27,31 @@ CHAT_TEMPLATE = """\
 """
 
 
+@torch.no_grad()
+def move_towards(model: EmbeddedModel, other: Path, share: float) -> None:
+    """Moves every weight that share of the way to those of another folder."""
+    goal = EmbeddedModel(model.shape)
+    restore(goal, other)
+    for weight, target in zip(model.parameters(), goal.parameters(), strict=True):
+        weight.lerp_(target, share)
+
+
 def main() -> None:
     """Converts and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("weights", type=Path)
+    parser.add_argument("--before", type=Path)
+    parser.add_argument("--share", type=float, default=1.0, help="of the way from --before to the weights")
     parser.add_argument("--out", type=Path, default=EXPORTED)
     arguments = parser.parse_args()
+    if (arguments.before is None) != (arguments.share == 1.0):
+        parser.error("--before and --share go together")
     arguments.out.mkdir(parents=True, exist_ok=True)
     shape = Shape()
     model = EmbeddedModel(shape)
     restore(model, arguments.weights)
+    if arguments.before is not None:
+        move_towards(model, arguments.before, 1.0 - arguments.share)
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, arguments.out / "model.safetensors", metadata={"format": "pt"})
     config = shape.to_hf()

@@ -1,11 +1,13 @@
 """Trains the embedded model in phases: short and dense first, long with block selection last.
 
-In: the corpus and the tokenizer; `--resume FOLDER` goes on from saved weights. Out: under --out: weights-K.pt (three
-parts, fp32), log.jsonl, and at the end the scores of a small held-out check. For: training/export.py. Run (one H100,
-about ten minutes a stage): `python -m training.train --stage 1 --out training/runs/one`.
+In: the corpus and the tokenizer; `--resume FOLDER` goes on from saved weights. Out: under --out: weights-K.pt (four
+parts, fp32), log.jsonl, and after the phases of the first version the scores of a small held-out check. For:
+training/export.py. Run (one H100, about ten minutes a stage):
+`python -m training.train --stage 1 --out training/runs/one`. Stage 3 is for one CPU thread: `--workers 0 --every 6`.
 """
 
 import argparse
+import copy
 import json
 import random
 import time
@@ -21,7 +23,7 @@ from salalocal.checkpoint.checkpoint import Checkpoint
 from salalocal.checkpoint.folder import ModelFolder
 from salalocal.checkpoint.names import CONFIG_FILE
 from training.archive import ANSWER, TEXT, ArchiveMaker
-from training.batches import Batch, Stream, loader
+from training.batches import KINDS, Batch, Stream, loader
 from training.corpus import Corpus
 from training.invent import word_list
 from training.model import EmbeddedModel, Shape
@@ -31,12 +33,14 @@ from training.variants import ORIGINAL
 
 SEED = 20261123
 NUM_PARTS = 4
+CHECKS = {512: 24, 2048: 24, 8192: 12, 16384: 8}
 
 
 @dataclass(frozen=True)
 class Phase:
     """One length and mixture; `rate` is the learning-rate factor at its start and end, `seconds` its share of the wall
-    clock.
+    clock. `needle_share` of the samples have planted lines; the loss of plain text takes every `text_every`-th id.
+    With `average` above 0, what is saved is the moving average of the weights with that decay a step.
     """
 
     length: int
@@ -47,8 +51,12 @@ class Phase:
     text_weight: float = 0.3
     pointer_weight: float = 0.2
     selection_weight: float = 0.1
+    needle_share: float = 0.0
+    text_every: int = 1
+    average: float = 0.0
 
 
+MIXED = {"text_weight": 0.2, "selection_weight": 0.15, "needle_share": 0.55, "text_every": 4, "average": 0.98}
 STAGES = {
     "0": [
         Phase(512, 96, 75, 0.7, (1.0, 1.0)),
@@ -66,23 +74,45 @@ STAGES = {
         Phase(8192, 6, 165, 0.3, (0.45, 0.25), selection_weight=0.2),
         Phase(16384, 3, 140, 0.2, (0.25, 0.01), text_weight=0.2, pointer_weight=0.1, selection_weight=0.2),
     ],
+    # From version 0 on one CPU thread: 65 minutes.
+    "3": [
+        Phase(512, 8, 1500, 0.5, (0.2, 0.14), **MIXED),
+        Phase(2048, 2, 1500, 0.4, (0.14, 0.06), **MIXED),
+        Phase(5120, 1, 900, 0.3, (0.06, 0.005), **MIXED),
+    ],
+    # The same on a GPU: 25 minutes of one H100.
+    "4": [
+        Phase(512, 96, 300, 0.6, (0.5, 0.4), **MIXED),
+        Phase(2048, 24, 420, 0.5, (0.4, 0.3), **MIXED),
+        Phase(8192, 6, 450, 0.3, (0.3, 0.12), **MIXED),
+        Phase(16384, 3, 330, 0.2, (0.12, 0.005), **MIXED),
+    ],
 }
 
 
 def losses_of(model: EmbeddedModel, batch: Batch, phase: Phase) -> tuple[Tensor, dict[str, Tensor]]:
-    """Total loss of a batch and its parts."""
+    """Total loss of a batch and its parts; the loss of each kind of answer, with how many ids it had, under "=KIND"."""
     hidden, extra = model(batch.ids, batch.cut, batch.hints)
-    each = F.cross_entropy(model.logits(hidden).flatten(0, 1), batch.targets.flatten(), reduction="none")
     marks = batch.marks.flatten()
-    is_text, is_answer = (marks == TEXT).float(), (marks == ANSWER).float()
-    text = (each * is_text).sum() / is_text.sum().clamp(min=1.0)
+    place = torch.arange(len(marks), device=marks.device)
+    rows = ((marks == ANSWER) | ((marks == TEXT) & (place % phase.text_every == 0))).nonzero()[:, 0]
+    each = F.cross_entropy(
+        model.logits(hidden.flatten(0, 1)[rows]).float(), batch.targets.flatten()[rows], reduction="none"
+    )
+    is_answer = (marks[rows] == ANSWER).float()
+    text = (each * (1.0 - is_answer)).sum() / (1.0 - is_answer).sum().clamp(min=1.0)
     answer = (each * is_answer).sum() / is_answer.sum().clamp(min=1.0)
     total = answer + phase.text_weight * text
     total = total + phase.selection_weight * extra[:, 0].sum() + phase.pointer_weight * extra[:, 1].sum()
     parts = {"answer": answer, "text": text}
     for order, name in enumerate(("header", "hop", "copy")):
         parts |= {f"select_{name}": extra[order, 0], f"{name}": extra[order, 2]}
-    return total, {name: value.detach() for name, value in parts.items()}
+    parts = {name: torch.stack([value.detach(), torch.ones_like(value)]) for name, value in parts.items()}
+    kinds = batch.kinds.flatten()[rows]
+    sums = torch.zeros(2, len(KINDS), device=each.device)
+    sums[0].index_add_(0, kinds, each.detach() * is_answer)
+    sums[1].index_add_(0, kinds, is_answer)
+    return total, parts | {f"={name}": sums[:, number] for number, name in enumerate(KINDS)}
 
 
 def save(model: EmbeddedModel, folder: Path) -> None:
@@ -117,6 +147,7 @@ class Trainer:
     def __init__(self, model: EmbeddedModel, device: torch.device, out: Path):
         self.model, self.device, self.out = model, device, out
         self.optimizer = Optimizer(model)
+        self.average: EmbeddedModel | None = None
         self.log = (out / "log.jsonl").open("a")
         self.start = time.time()
         self.steps = 0
@@ -130,9 +161,8 @@ class Trainer:
     def run(self, phase: Phase, batches: Iterator[Batch]) -> None:
         """One phase, ended by the clock; its time starts after the first step (compilation)."""
         begun, seen, sums = None, 0, {}
-        noted = time.time()
-        saved = time.time()
-        count = waited = 0.0
+        noted = saved = time.time()
+        waited = 0.0
         while begun is None or time.time() - begun < phase.seconds:
             share = 0.0 if begun is None else (time.time() - begun) / phase.seconds
             warm = min(1.0, (self.steps + 1) / 100)
@@ -140,29 +170,42 @@ class Trainer:
             asked = time.time()
             batch = next(batches).to(self.device)
             waited += time.time() - asked
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                total, parts = losses_of(self.model, batch, phase)
-            total.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
-            self.optimizer.step(factor)
-            self.model.zero_grad(set_to_none=True)
-            self.steps += 1
-            for name, value in parts.items():
+            for name, value in self.step(phase, batch, factor).items():
                 sums[name] = sums.get(name, 0.0) + value
-            count += 1
             seen += batch.ids.numel()
             if begun is None or (self.steps % 20 == 0 and time.time() - noted > 8):
-                means = {name: round(float(value) / count, 4) for name, value in sums.items()}
+                means = {name: round(float(a / b), 4) for name, (a, b) in sums.items() if b > 0}
                 elapsed = time.time() - noted
-                rate = round(seen / elapsed / 1000)
-                self.note(length=phase.length, ktok_s=rate, wait=round(waited / elapsed, 2), **means)
-                sums, count, seen, waited, noted = {}, 0.0, 0, 0.0, time.time()
+                speed = round(seen / elapsed / 1000, 2)
+                self.note(
+                    length=phase.length, rate=round(factor, 4), ktok_s=speed, wait=round(waited / elapsed, 2), **means
+                )
+                sums, seen, waited, noted = {}, 0, 0.0, time.time()
             if begun is None:
                 begun = time.time()
             if time.time() - saved > 100:
-                save(self.model, self.out)
+                save(self.model if self.average is None else self.average, self.out)
                 saved = time.time()
-        save(self.model, self.out)
+        save(self.model if self.average is None else self.average, self.out)
+
+    def step(self, phase: Phase, batch: Batch, factor: float) -> dict[str, Tensor]:
+        """One step at a learning-rate factor; what `losses_of` found."""
+        with torch.autocast(self.device.type, torch.bfloat16):
+            total, parts = losses_of(self.model, batch, phase)
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
+        self.optimizer.step(factor)
+        self.model.zero_grad(set_to_none=True)
+        self.steps += 1
+        if phase.average:
+            if self.average is None:
+                self.average = copy.deepcopy(self.model)
+            decay = min(phase.average, self.steps / (self.steps + 10))
+            with torch.no_grad():
+                pairs = zip(self.average.parameters(), self.model.parameters(), strict=True)
+                for kept, new in pairs:
+                    kept.lerp_(new, 1.0 - decay)
+        return parts
 
 
 def check(trainer: Trainer, heldout: Corpus, words: list[str], length: int, count: int) -> None:
@@ -184,11 +227,13 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--scale-seconds", type=float, default=1.0)
     parser.add_argument("--limit-mb", type=float)
+    parser.add_argument("--every", type=int, default=1, help="use one file in so many: less memory, quicker start")
+    parser.add_argument("--first-phase", type=int, default=0, help="go on from there, with --resume of what was saved")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     start = time.time()
     limit = None if arguments.limit_mb is None else int(arguments.limit_mb * 1e6)
-    corpus, heldout = Corpus.load("train", limit), Corpus.load("heldout", limit)
+    corpus, heldout = (Corpus.load(split, limit, arguments.every) for split in ("train", "heldout"))
     lines = [line for n in corpus.names for file in corpus.packages[n] for line in file.lines[:80]]
     words, new_words = (word_list(lines, corpus.tokenizer, is_heldout) for is_heldout in (False, True))
     print(f"{corpus.num_tokens / 1e6:.1f}M training tokens read in {time.time() - start:.0f} s", flush=True)
@@ -205,12 +250,13 @@ def main() -> None:
     trainer = Trainer(model, device, arguments.out)
     if arguments.resume:
         trainer.note(resumed=str(arguments.resume))
-    for number, phase in enumerate(STAGES[arguments.stage]):
+    for number, phase in list(enumerate(STAGES[arguments.stage]))[arguments.first_phase :]:
         scaled = Phase(**{**phase.__dict__, "seconds": phase.seconds * arguments.scale_seconds})
         seed = SEED + 1000 * int(arguments.stage) + number
-        stream = Stream(corpus, words, phase.length, phase.batch, phase.cut_share, seed)
+        stream = Stream(corpus, words, phase.length, phase.batch, phase.cut_share, seed, phase.needle_share)
         trainer.run(scaled, loader(stream, arguments.workers))
-        check(trainer, heldout, new_words, phase.length, {512: 24, 2048: 24, 8192: 12, 16384: 8}[phase.length])
+        if phase.needle_share == 0.0:
+            check(trainer, heldout, new_words, phase.length, CHECKS[phase.length])
 
 
 if __name__ == "__main__":

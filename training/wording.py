@@ -168,3 +168,128 @@ CHAT = [
     ),
     (["Goodbye", "Bye", "bye!", "See you"], "Goodbye."),
 ]
+
+FOUND = "{k} is in these files."
+KEY = [
+    *_VALUE,
+    "What is the {k}?",
+    "what is the {k}",
+    "What's the {k} set to?",
+    "What is the value of the {k}?",
+    "What is the value of the setting {k}?",
+    "Which {k} is configured?",
+    "What is the key {k} set to?",
+    "Tell me the {k}.",
+    "What is the {k} here?",
+]
+KEY_IN_FILE = [
+    *IN_FILE["value"],
+    "What is the {k} in {f}?",
+    "What's the {k} in {f}?",
+    "What is the value of the {k} in {f}?",
+    "Which {k} does {f} set?",
+    "What is the key {k} in {f}?",
+    "What is the value of the key {k} in the file {f}?",
+    "What does {f} say about {k}?",
+    "In {f}, what is the {k}?",
+]
+# What a line says before its name, the word in front of the name, and what stands behind it up to the value.
+SENTENCES = [
+    ("The {n}", "for", " is"),
+    ("The {n}", "for", " is"),
+    ("The {n}", "of", " is"),
+    ("One of the {n}s", "for", " is:"),
+    ("One of the {n}s", "for", " is"),
+    ("One of the {n}s", "of", " is:"),
+    ("Among the {n}s", "for", ":"),
+    ("Remember that the {n}", "for", " is"),
+    ("Note the {n}", "for", ":"),
+    ("As agreed, the {n}", "of", " will be"),
+]
+TOPIC = [
+    "What is the {t}?",
+    "What is the {t} mentioned in the documents?",
+    "What is the {t} mentioned in the text?",
+    "What is the {t} in the files?",
+    "what's the {t}",
+    "Tell me the {t}.",
+    "Find the {t} in the documents.",
+    "I need the {t}.",
+    "Do you know the {t}?",
+    "Give me the {t} that the files mention.",
+    "Look up the {t}.",
+]
+ALL_OF_TOPIC = [
+    "What are all the {t} mentioned in the documents?",
+    "What are all the {t}?",
+    "What are the {t}?",
+    "List all {t}.",
+    "List the {t} in the files.",
+    "Name all the {t} mentioned in the text.",
+    "Which {t} are there?",
+]
+ALL_OF_NAMES = [
+    "What are the values of {t}?",
+    "What are {t} set to?",
+    "Give me the values of {t}.",
+    "List the values of {t}.",
+    "Look up {t}.",
+    "Which values do {t} have?",
+]
+NUMBERS = ["none", "One", "Two", "Three", "Four", "Five"]
+TRACE_ALL = [
+    "Which variables have the value {v}, directly or through other variables? {n} do; name all of them.",
+    "Which names have the value {v}, directly or through other names?",
+    "Find all variables that are equal to {v}.",
+    "Name every variable that ends up with the value {v}.",
+    "Which variables hold {v} in the end?",
+]
+TRACE_END = [
+    "What is the value of {k} in the end?",
+    "Follow {k} to its value.",
+    "Through other names, what is the value of {k}?",
+    "What does {k} end up as?",
+    "Trace {k}.",
+    "Which value does {k} have, through other variables?",
+]
+TRACE_NEXT = [
+    "Which variable is set to {v}?",
+    "Which name has the value {v}?",
+    "What is set to {v}?",
+    "Who has the value {v}?",
+    "Which key is equal to {v}?",
+]
+LINE_FROM = [
+    *QUESTIONS["begins"],
+    "Quote the line that begins with: {k}",
+    "Quote the line that begins with {k}",
+    "How does the line go on that begins with: {k}",
+    "Write out the line that starts with: {k}",
+    'Which line starts with "{k}"?',
+]
+LINE_WITH = [
+    "Quote the line that contains: {k}",
+    "Show the line with {k}",
+    "Which line contains {k}",
+    'Quote the line with "{k}" in it.',
+    "Find the line that says {k}",
+]
+EXISTS = [
+    "Is {k} in these files?",
+    "Do the files mention {k}?",
+    "Does {k} exist?",
+    "Is there a {k}?",
+    "Is {k} defined anywhere?",
+    "Can you find {k} in the files?",
+]
+ECHO = ["Repeat: {k}", "Say: {k}", "Repeat these words: {k}", 'Write "{k}".', "Copy this: {k}"]
+
+FORMS = ["poem", "riddle", "letter", "story", "report", "speech", "fable", "song", "recipe", "review", "note", "tale"]
+ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth"]
+REQUEST = "Write a {f} about {t}."
+REPEAT = [
+    'Repeat the {n} {f} about {t} that you wrote, word for word, with "{o}" in front of it. Write nothing else.',
+    'Repeat the {n} {f} about {t} with "{o}" in front.',
+    'Write "{o}" and then the {n} {f} about {t} again.',
+    'Give me the {n} {f} about {t} once more, after "{o}".',
+]

@@ -2,50 +2,23 @@
 
 import hashlib
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer as RawTokenizer
+from training_cases import small_corpus, small_maker
 
 from salalocal.prompt.pack import PromptPack
 from salalocal.prompt.sources import Document, Reading
 from salalocal.prompt.template import ChatTemplate, Conversation, Turn
 from salalocal.prompt.tokenizer import Tokenizer
 from training.archive import ANSWER, ArchiveMaker
-from training.corpus import LINE, Corpus, SourceFile
-from training.invent import piece_list, word_list
 from training.score import answer_spans
 from training.tokenizer import BUILTIN
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "beacon"
-
-
-def small_corpus() -> Corpus:
-    tokenizer = RawTokenizer.from_file(str(BUILTIN / "tokenizer.json"))
-    files = []
-    for path in sorted(p for p in EXAMPLE.rglob("*") if p.is_file() and "__pycache__" not in p.parts):
-        lines = LINE.findall(path.read_text().lstrip("\n"))
-        ids = [tokenizer.encode(line, add_special_tokens=False).ids for line in lines]
-        starts = np.cumsum([0, *map(len, ids)])
-        files.append(
-            SourceFile(
-                path.relative_to(EXAMPLE).as_posix(),
-                lines,
-                np.array([i for line in ids for i in line], np.uint16),
-                starts,
-            )
-        )
-    return Corpus({"beacon": files}, tokenizer)
-
 
 @pytest.fixture
-def maker() -> ArchiveMaker:
-    seed = random.randrange(2**31)
-    print(f"seed {seed}")
-    corpus = small_corpus()
-    words = word_list((line for f in corpus.packages["beacon"] for line in f.lines), corpus.tokenizer, False)
-    return ArchiveMaker(corpus, words, random.Random(seed), piece_list(corpus.tokenizer))
+def maker(seed: int) -> ArchiveMaker:
+    return small_maker(seed)
 
 
 def test_the_prompt_is_the_runtimes_prompt(maker: ArchiveMaker) -> None:
