@@ -13,8 +13,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -22,7 +21,7 @@ from typing import BinaryIO
 from salalocal.checkpoint.names import CONFIG_FILE
 from salalocal.checkpoint.strict_json import one_line
 from salalocal.durable import TEMPORARY, remove_strays, replace_file, sync_folder
-from salalocal.errors import BusyError, CheckpointError, HubError
+from salalocal.errors import CheckpointError, HubError
 
 DEFAULT_REVISION = "main"
 
@@ -246,28 +245,6 @@ def free_bytes(folder: Path) -> int:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
-
-
-@contextmanager
-def only_one(folder: Path, work: str) -> Iterator[None]:
-    """Lock a folder against other processes, where the system can; the end of the process unlocks it.
-
-    Raises: BusyError, saying that another process does this `work`.
-    """
-    if os.name == "nt":
-        yield
-        return
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BusyError(f"{one_line(folder, 160)}: another process {work}", "let it finish") from error
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _make_folder(folder: Path) -> None:

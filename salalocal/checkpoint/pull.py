@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from salalocal.checkpoint.folder import read_headers
+from salalocal.checkpoint.folder_lock import only_one
 from salalocal.checkpoint.hub_cache import (
     CachedRepository,
     free_bytes,
     is_config_name,
     is_digest,
     is_wanted_name,
-    only_one,
 )
 from salalocal.checkpoint.hub_client import HubClient, StoppedError
 from salalocal.checkpoint.hub_listing import Listing, RemoteFile

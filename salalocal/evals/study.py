@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from salalocal.checkpoint.folder_lock import only_one
 from salalocal.durable import remove_strays, replace_file, sync_folder
-from salalocal.errors import BusyError, RequestError, StateError
+from salalocal.errors import RequestError, StateError
 from salalocal.prompt.visible import quoted_name
 
 STUDY_FILE, RECORDS_FILE = "study.json", "records.jsonl"
@@ -97,7 +98,7 @@ def open_study(folder: Path, identity: Record, is_fresh: bool = False) -> Iterat
         raise RequestError(f"{quoted_name(str(folder), 160)} is not a folder", "name another --out")
     with _naming_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with _only_one(folder):
+    with only_one(folder, "measures into it"):
         with _naming_write_errors(folder):
             remove_strays(folder)
         known = _known_identity(folder)
@@ -224,24 +225,3 @@ def _naming_write_errors(folder: Path) -> Iterator[None]:
             hint = "make room and run the command again: it goes on where it stopped"
         name = quoted_name(str(folder), 160)
         raise StateError(f"{name}: cannot write: {error.strerror or error}", hint) from error
-
-
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Locks the folder against other processes, where the system can; the end of the process unlocks it."""
-    if os.name == "nt":
-        yield
-        return
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BusyError(
-                f"{quoted_name(str(folder), 160)}: another process measures into it", "let it finish"
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)

@@ -12,10 +12,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 MAX_TILE_SCORES = 1 << 21  # scores held at once; 8 MiB in fp32, small enough to stay in the cache of a desktop CPU
 MAX_TILE_ROWS = 64
+_FLASH_DIM = 8  # head dimensions that flash attention takes are multiples of it
 
 
 def dense_attention_definition(q: Tensor, k: Tensor, v: Tensor, scale: float, first_position: int) -> Tensor:
@@ -70,10 +71,16 @@ def dense_attention_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, first_p
     _heads_per_group(q, k, first_position)
     num_rows, num_keys = q.shape[1], first_position + q.shape[1]
     queries, keys, values = (x.transpose(1, 2) for x in (q, k[:, :num_keys], v[:, :num_keys]))
-    mask = causal_lower_right(num_rows, num_keys)
-    return F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=True
-    ).transpose(1, 2)
+    if num_rows == num_keys:
+        out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=True)
+    elif q.is_cuda and q.shape[-1] % _FLASH_DIM == 0 and _has_flash(queries, keys, values):
+        # This operation of torch counts positions from the last key back, as `scaled_dot_product_attention` does not;
+        # torch.nn.attention.bias calls it too, but to import that takes over a second.
+        out = torch.ops.aten._scaled_dot_product_flash_attention(queries, keys, values, 0.0, True, scale=scale)[0]
+    else:
+        is_past = torch.ones(num_rows, num_keys, dtype=torch.bool, device=q.device).tril(first_position)
+        out = F.scaled_dot_product_attention(queries, keys, values, is_past, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, first_position: int) -> Tensor:
@@ -82,6 +89,10 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, first_positio
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not wants_gradient:
         return dense_attention_fused(q, k, v, scale, first_position)
     return dense_attention_reference(q, k, v, scale, first_position)
+
+
+def _has_flash(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+    return can_use_flash_attention(SDPAParams(queries, keys, values, None, 0.0, False, True))
 
 
 def _heads_per_group(q: Tensor, k: Tensor, first_position: int) -> int:

@@ -106,7 +106,7 @@ class IntWeight:
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """A quantized matrix at its stored size.
+    """A quantized matrix at its stored size; words and scales may be views of a file that holds them transposed.
 
     Shapes: words int32 [out, in * bits / 32], see kernels.packing; the rest as in `IntWeight`. Raises: ValueError for
     other shapes or dtypes.
@@ -131,9 +131,10 @@ class PackedWeight:
         return IntWeight(codes, self.scales, self.bits, self.group_size, self.group_index)
 
     def to(self, device: torch.device) -> "PackedWeight":
-        """The same matrix on a device."""
+        """The same matrix on a device, row by row: bytes travel as they lie, and it is the device that turns them."""
+        words, scales = self.words.to(device).contiguous(), self.scales.to(device).contiguous()
         group_index = None if self.group_index is None else self.group_index.to(device)
-        return PackedWeight(self.words.to(device), self.scales.to(device), self.bits, self.group_size, group_index)
+        return PackedWeight(words, scales, self.bits, self.group_size, group_index)
 
 
 def group_numbers(in_features: int, group_size: int, device: torch.device | None = None) -> Tensor:
@@ -161,7 +162,8 @@ def from_gptq(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> IntWe
 
 
 def packed_from_gptq(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> PackedWeight:
-    """The matrix that four GPTQ tensors (by their last name) stand for; `record` is the folder's quantization_config.
+    """The matrix that four GPTQ tensors (by their last name) stand for, as a view of them; `record` is the folder's
+    quantization_config.
 
     Bits follow from the shapes and groups from `g_idx`: a matrix of a mixed checkpoint needs no pattern matched.
     Raises: CheckpointError for a version that is not known, zero points that are not symmetric, or groups that do not
@@ -175,8 +177,8 @@ def packed_from_gptq(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -
     group_size = _group_size(num_in, num_groups, record)
     in_order = torch.equal(group_index, group_numbers(num_in, group_size, group_index.device))
     return PackedWeight(
-        words=qweight.t().contiguous(),
-        scales=scales.t().contiguous(),
+        words=qweight.t(),
+        scales=scales.t(),
         bits=bits,
         group_size=group_size,
         group_index=None if in_order else group_index,
@@ -205,7 +207,8 @@ def _check_zeros(qzeros: Tensor, bits: int, record: Mapping[str, Any]) -> None:
     if version not in GPTQ_VERSIONS:
         raise CheckpointError(f"checkpoint_format {one_line(version, 30)} is not {' or '.join(GPTQ_VERSIONS)}")
     stored = 2 ** (bits - 1) - (1 if version == GPTQ_VERSIONS[0] else 0)
-    if not bool((unpack_codes(qzeros, bits) == stored).all()):
+    word = pack_codes(torch.full((WORD_BITS // bits,), stored, dtype=torch.uint8), bits)
+    if not bool((qzeros == word.to(qzeros.device)).all()):
         raise CheckpointError("zero points are not symmetric, which is the only kind that can be read")
 
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from salalocal.checkpoint.hub_cache import only_one
+from salalocal.checkpoint.folder_lock import only_one
 from salalocal.checkpoint.names import CONFIG_FILE, INDEX_FILE
 from salalocal.checkpoint.strict_json import one_line, read_json_file
 from salalocal.durable import remove_strays, replace_file, sync_folder

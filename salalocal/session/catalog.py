@@ -12,12 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from salalocal.checkpoint.folder import ModelFolder, stored_bytes
+from salalocal.checkpoint.folder_lock import only_one
 from salalocal.checkpoint.hub import BUILTIN, find_model, split_revision
-from salalocal.checkpoint.hub_cache import CachedRepository, cached_repositories, is_hub_id, only_one
+from salalocal.checkpoint.hub_cache import CachedRepository, cached_repositories, is_hub_id
 from salalocal.checkpoint.names import CONFIG_FILE, MAX_CONFIG_BYTES
 from salalocal.checkpoint.strict_json import one_line, read_json_file
 from salalocal.durable import sync_folder
-from salalocal.engine.budget import CacheFormat, PlanOptions, StoredWeights, WeightFormat, longest_context
+from salalocal.engine.budget import (
+    CacheFormat,
+    PlanOptions,
+    StoredWeights,
+    WeightFormat,
+    longest_context,
+    why_no_kernels,
+)
 from salalocal.errors import CheckpointError, HubError, RequestError
 from salalocal.model.config import SalaConfig
 from salalocal.settings import models_folder
@@ -79,7 +87,9 @@ def plan_options(entry: ModelEntry, is_cuda: bool) -> PlanOptions:
     """What a plan for a model counts with: its own weights, and the usual cache."""
     weights = WeightFormat(entry.weights)
     cache = CacheFormat.FP32 if weights is WeightFormat.FP32 else CacheFormat.BF16
-    return PlanOptions(weights, cache, is_cuda=is_cuda, stored=StoredWeights(weights, entry.weight_bytes))
+    has_kernels = entry.config is not None and not why_no_kernels(entry.config)
+    stored = StoredWeights(weights, entry.weight_bytes)
+    return PlanOptions(weights, cache, is_cuda=is_cuda, stored=stored, has_kernels=has_kernels)
 
 
 def find_entry(name: str) -> ModelEntry:

@@ -12,8 +12,9 @@ import pytest
 from fake_hub import FakeHub, Fault
 from pull_cases import REPOSITORY, SHARD, SHARDS, TOKEN, assert_nothing_counts, assert_pulled, plan, pull
 
+from salalocal.checkpoint.folder_lock import only_one
 from salalocal.checkpoint.hub import find_model
-from salalocal.checkpoint.hub_cache import CachedRepository, only_one
+from salalocal.checkpoint.hub_cache import CachedRepository
 from salalocal.checkpoint.hub_client import HubLimits
 from salalocal.checkpoint.pull import DONE, PullProgress, check_pulled, run_pull
 from salalocal.errors import BusyError, CheckpointError, HubError

@@ -5,8 +5,9 @@ from pathlib import Path
 import catalog_cases
 import pytest
 
+from salalocal.checkpoint.folder_lock import only_one
 from salalocal.checkpoint.hub import find_model
-from salalocal.checkpoint.hub_cache import CachedRepository, only_one
+from salalocal.checkpoint.hub_cache import CachedRepository
 from salalocal.engine.budget import plan_memory
 from salalocal.errors import BusyError, RequestError
 from salalocal.session.catalog import (
