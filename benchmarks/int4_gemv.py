@@ -52,7 +52,9 @@ from salalocal.kernels.int4.gemv import (  # noqa: E402
     int4_gemv_triton,
 )
 from salalocal.kernels.int4.gemv.launch import Launch, WordLaunch  # noqa: E402
-from salalocal.kernels.int4.vocabulary import top_k_reference, top_k_triton, vocabulary_best_triton  # noqa: E402
+from salalocal.kernels.int4.vocabulary import likeliest_tokens_triton  # noqa: E402
+from salalocal.kernels.sampling import greedy_tokens, new_sampling_tensors  # noqa: E402
+from salalocal.kernels.top_k import top_k_reference, top_k_triton  # noqa: E402
 
 DEVICE = torch.device("cpu" if DRY else "cuda")
 L2_BYTES = 1 << 16 if DRY else 256 << 20
@@ -310,8 +312,9 @@ def vocabulary(report: Report) -> None:
         for kind, dtype in (("best", torch.int64), ("plain", torch.float32)):
             epilogue = Epilogue(kind, 1 / 16)
             y = int4_gemv_triton(x, weights[0], epilogue, dtype, launch=launch)
-            if kind == "best":
-                right = 0x7FFFFFFF - int(y.max() & 0xFFFFFFFF) == int(exact.argmax())
+            if kind == "best":  # of logits as they are stored
+                rounded = int4_gemv_triton(x, weights[0], Epilogue("plain", 1 / 16), torch.bfloat16, launch=launch)
+                right = 0x7FFFFFFF - int(y.max() & 0xFFFFFFFF) == int(rounded.float().argmax())
             else:
                 right = relative_error(y, exact) < 1e-5
             if not right:
@@ -322,10 +325,16 @@ def vocabulary(report: Report) -> None:
             us, spread = graph_times(run, 0.03)
             report.add("vocabulary", kind=kind, us=us, **rate(report, VOCABULARY, us, 8), spread_us=spread,
                        launch=str(launch))  # fmt: skip
-    values, indices = vocabulary_best_triton(x, weights[0], 1 / 16)
-    assert int(indices) == int(exact.argmax()) and abs(float(values) - float(exact.max())) < 1e-3
-    us, spread = graph_times([lambda w=w: vocabulary_best_triton(x, w, 1 / 16) for w in weights], 0.05)
+    flag, sampling = torch.zeros(1, dtype=torch.int32, device=DEVICE), new_sampling_tensors(DEVICE, 1)
+
+    def by_logits(weight: PackedWeight) -> Tensor:
+        return greedy_tokens(int4_gemv_triton(x, weight, PLAIN, torch.bfloat16).float(), sampling)
+
+    assert torch.equal(likeliest_tokens_triton(x, weights[0], flag), by_logits(weights[0])) and not bool(flag)
+    us, spread = graph_times([lambda w=w: likeliest_tokens_triton(x, w, flag) for w in weights], 0.05)
     report.add("vocabulary", kind="best, with the last choice", us=us, spread_us=spread)
+    us, spread = graph_times([lambda w=w: by_logits(w) for w in weights], 0.05)
+    report.add("vocabulary", kind="best, by way of logits", us=us, spread_us=spread)
     logits = exact.float()
     for one, other in zip(top_k_triton(logits, 64), top_k_reference(logits, 64), strict=True):
         assert torch.equal(one, other)
@@ -344,6 +353,7 @@ def chain(report: Report, launches: dict[str, dict[tuple[int, int], Launch]]) ->
     total = sum(w.words.nbytes + w.scales.nbytes for parts in layers for w in parts)
     head = random_weight(VOCABULARY.N, VOCABULARY.K, 8, 9)
     norm = torch.ones(HIDDEN, device=DEVICE, dtype=torch.bfloat16)
+    flag = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     start = random_rows(1, HIDDEN, 4)
     ready = {parts.words.shape[1] * 8: quantize_groups_reference(random_rows(1, parts.words.shape[1] * 8, 6))
              for parts in layers[0]}  # fmt: skip
@@ -373,7 +383,7 @@ def chain(report: Report, launches: dict[str, dict[tuple[int, int], Launch]]) ->
             inner = step("gate_up", hidden, gate_up, SWIGLU)
             hidden = step("down", inner, down, Epilogue("residual", factor, hidden))
         if with_head:
-            vocabulary_best_triton(rms_norm_quantize_groups(hidden, norm, 1e-6, is_split=False), head, 1 / 16)
+            likeliest_tokens_triton(rms_norm_quantize_groups(hidden, norm, 1e-6, is_split=False), head, flag)
         return hidden
 
     every = ("first", "o", "gate_up", "down")
@@ -400,8 +410,10 @@ def chain(report: Report, launches: dict[str, dict[tuple[int, int], Launch]]) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=420)
-    parser.add_argument("--only", default="search,chain,vocabulary")
+    parser.add_argument(
+        "--seconds", type=float, default=420, help="time for everything; what does not fit is left out and said"
+    )
+    parser.add_argument("--only", default="search,chain,vocabulary", help="sections, by commas: %(default)s")
     parser.add_argument("--cases", default="", help="of the search, such as 'o int8 16,gate_up int8'")
     parser.add_argument("--dry", action="store_true", help="tiny shapes in the interpreter: checks this script")
     arguments = parser.parse_args()

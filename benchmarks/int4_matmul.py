@@ -351,7 +351,9 @@ def other_path(arguments: argparse.Namespace, seconds: float) -> list[dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=150)
+    parser.add_argument(
+        "--seconds", type=float, default=150, help="time for everything; what does not fit is left out and said"
+    )
     parser.add_argument("--out", type=Path, default=Path("int4_matmul.json"))
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--dry", action="store_true", help="without a card, tiny shapes")

@@ -204,12 +204,16 @@ def measure(seconds: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", default="", help="JSON file for the results")
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="time for everything; what does not fit is left out and said"
+    )
     arguments = parser.parse_args()
-    with torch.inference_mode():
-        measure(arguments.seconds)
-    if arguments.out:
-        Path(arguments.out).write_text(json.dumps(results, indent=1) + "\n")
+    try:
+        with torch.inference_mode():
+            measure(arguments.seconds)
+    finally:  # what was measured before something went wrong
+        if arguments.out:
+            Path(arguments.out).write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

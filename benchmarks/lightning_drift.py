@@ -92,8 +92,8 @@ def measure(tokens: int, device: torch.device, seconds: float) -> dict[str, dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=1 << 18)
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--tokens", type=int, default=1 << 18, help="decode steps")
+    parser.add_argument("--seconds", type=float, default=60, help="stops then, and tells what it has")
     parser.add_argument("--out", default="")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

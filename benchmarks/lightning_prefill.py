@@ -193,15 +193,21 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=100, help="for everything; peers and mma.sync take what is left"
     )
-    parser.add_argument("--search-only", action="store_true")
+    parser.add_argument("--search-only", action="store_true", help="no peers, no long run, no mma.sync")
     arguments = parser.parse_args()
     # While our own kernels compile, fla may as well; it stands still while we measure.
     peers = Path(__file__).with_name("lightning_peers.py")
     warming = None if arguments.search_only else subprocess.Popen([sys.executable, str(peers), "--warm"])
-    with torch.inference_mode():
-        measure(arguments, warming)
-    if arguments.out:
-        Path(arguments.out).write_text(json.dumps(results, indent=1) + "\n")
+    try:
+        with torch.inference_mode():
+            measure(arguments, warming)
+    except BaseException:
+        if warming is not None:
+            warming.kill()
+        raise
+    finally:  # what was measured before something went wrong
+        if arguments.out:
+            Path(arguments.out).write_text(json.dumps(results, indent=1) + "\n")
     if warming is None:
         return
     print("--- peers", flush=True)

@@ -51,7 +51,7 @@ from salalocal.kernels.int4.scratch import (  # noqa: E402
     decode_int8_triton,
     int4_weight,
 )
-from salalocal.kernels.int4.vocabulary import top_k_triton, vocabulary_best_triton  # noqa: E402
+from salalocal.kernels.int4.vocabulary import likeliest_tokens_triton  # noqa: E402
 from salalocal.kernels.kv_cache import RECENT_TOKENS, CacheRows, append_tokens_triton  # noqa: E402
 from salalocal.kernels.lightning import lightning_slopes  # noqa: E402
 from salalocal.kernels.lightning_decode import (  # noqa: E402
@@ -74,6 +74,7 @@ from salalocal.kernels.sampling import (  # noqa: E402
     sample_tokens_triton,
 )
 from salalocal.kernels.swiglu import swiglu_triton  # noqa: E402
+from salalocal.kernels.top_k import top_k_triton  # noqa: E402
 from salalocal.quant.int4 import PackedWeight  # noqa: E402
 
 DEVICE = torch.device("cpu" if DRY else "cuda")
@@ -131,7 +132,7 @@ def gemv_cases() -> Iterator[tuple[str, Case]]:
 
 def vocabulary() -> None:
     x = grouped_activations_triton(normal(2, K), is_split=False)
-    vocabulary_best_triton(x, packed(8), 0.5)
+    likeliest_tokens_triton(x, packed(8), torch.zeros(1, dtype=torch.int32, device=DEVICE))
     top_k_triton(torch.randn(2, 3_001, device=DEVICE), 40)
 
 
@@ -324,12 +325,12 @@ def compile_all() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--part", default="0/1")
-    parser.add_argument("--only", default="")
+    parser.add_argument("--compile", action="store_true", help="only fill the cache of kernels, by all cores")
+    parser.add_argument("--part", default="0/1", help="INDEX/COUNT: every COUNT-th case from INDEX on")
+    parser.add_argument("--only", default="", help="cases that hold one of these words, by commas")
     parser.add_argument("--skip-largest", action="store_true", help="GEMM tiles of 256 rows, slow under racecheck")
-    parser.add_argument("--seconds", type=float, default=50)
-    parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--seconds", type=float, default=50, help="cases that begin later are left out and named")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes in the interpreter: checks this script")
     arguments = parser.parse_args()
     if arguments.compile:
         compile_all()

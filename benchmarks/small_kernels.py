@@ -35,6 +35,7 @@ from salalocal.kernels.sampling import draw_tokens, greedy_tokens, new_sampling_
 from salalocal.kernels.swiglu import swiglu, swiglu_reference
 
 HIDDEN, WIDE, VOCABULARY = 4096, 16_384, 73_448
+TOP_K = 50
 Call = Callable[[], Any]
 
 
@@ -148,26 +149,41 @@ def measure_sampling(num_rows: int) -> None:
     sampling.top_p.fill_(0.95)
     drawn_us, _ = timed_us([lambda: draw_tokens(logits, sampling)] * 8, 0.05)
     sampled_us, _ = timed_us([lambda: sample_tokens(logits, sampling)] * 8, 0.05)
+    sampling.top_k.fill_(TOP_K)
+    if not torch.equal(sample_tokens(logits, sampling), sample_tokens(logits, sampling, most=TOP_K)):
+        note(f"wrong: the {TOP_K} likeliest, {num_rows} rows")
+    sorted_us, _ = timed_us([lambda: sample_tokens(logits, sampling)] * 8, 0.05)
+    cut_us, _ = timed_us([lambda: sample_tokens(logits, sampling, most=TOP_K)] * 8, 0.05)
     figures = {"greedy_us": greedy_us, "argmax_us": argmax_us, "drawn_us": drawn_us, "sampled_us": sampled_us}
+    figures |= {"top_k_sorted_us": sorted_us, "top_k_us": cut_us}
     note(f"sampling, {num_rows} rows", **figures)
+
+
+def measure(seconds: float) -> None:
+    """All of it."""
+    note("device", name=torch.cuda.get_device_name(), torch=torch.__version__)
+    copy = copy_gb_per_s()
+    for num_rows in (1, 4, 16):
+        measure_sampling(num_rows)
+    measure_embedding(copy)
+    for num_rows, share in ((8192, 0.6), (1, 1.0)):
+        limit_s = share * seconds
+        measure_rows(num_rows, copy, lambda limit_s=limit_s: limit_s - (time.monotonic() - started_s))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", default="", help="JSON file for the results")
-    parser.add_argument("--seconds", type=float, default=90)
+    parser.add_argument(
+        "--seconds", type=float, default=90, help="time for everything; what does not fit is left out and said"
+    )
     arguments = parser.parse_args()
-    with torch.inference_mode():
-        note("device", name=torch.cuda.get_device_name(), torch=torch.__version__)
-        copy = copy_gb_per_s()
-        for num_rows in (1, 4, 16):
-            measure_sampling(num_rows)
-        measure_embedding(copy)
-        for num_rows, share in ((8192, 0.6), (1, 1.0)):
-            limit_s = share * arguments.seconds
-            measure_rows(num_rows, copy, lambda limit_s=limit_s: limit_s - (time.monotonic() - started_s))
-    if arguments.out:
-        Path(arguments.out).write_text(json.dumps(results, indent=1) + "\n")
+    try:
+        with torch.inference_mode():
+            measure(arguments.seconds)
+    finally:  # what was measured before something went wrong
+        if arguments.out:
+            Path(arguments.out).write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

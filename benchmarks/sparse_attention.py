@@ -9,10 +9,15 @@ neighbours (each is the one before, somewhat changed), and independent ones, whi
 
 import argparse
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import multiprocessing
+import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.timing import ColdTimer
 from salalocal.kernels import block_attention as attention_room
 from salalocal.kernels import block_topk as choice_room
-from salalocal.kernels.backend import entry_of_card
+from salalocal.kernels.backend import entry_of_card, triton
 from salalocal.kernels.block_attention import decode as attention_decode
 from salalocal.kernels.block_attention import prefill as attention
 from salalocal.kernels.block_topk import BlockGeometry
@@ -32,6 +37,7 @@ from salalocal.kernels.kv_cache import RECENT_TOKENS, CacheRows, KeyValues, appe
 from salalocal.kernels.pooled_keys import num_pooled, pooled_keys
 
 HEADS, GROUPS, DIM = 32, 2, 128
+DECODE_TOKENS = [4096, 32768, 131072, 262144, 1048576, 2097152]
 SCALE = DIM**-0.5
 GEOMETRY = BlockGeometry(kernel_size=32, kernel_stride=16, block_size=64, init_blocks=1, window_size=2048, topk=64)
 CHOICES = [
@@ -304,7 +310,7 @@ def measure(
 ) -> dict[str, object]:
     """Prefill of one layer at one length: checks, then times, memory and peers."""
     layer = draw(num_tokens, min(arguments.queries, num_tokens // 2), is_alike, arguments.seed)
-    row: dict[str, object] = {"num_tokens": num_tokens, "alike": is_alike, **check(layer)}
+    row: dict[str, object] = {**check(layer)}
     if arguments.search and is_alike and num_tokens == max(arguments.tokens):
         row["search"] = search(layer, layer.choose(), timer, deadline)
     torch.cuda.reset_peak_memory_stats()
@@ -338,11 +344,13 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072, 262144])
-    parser.add_argument("--decode-tokens", type=int, nargs="+", default=[4096, 32768, 131072, 262144, 1048576, 2097152])
-    parser.add_argument("--queries", type=int, default=8192)
-    parser.add_argument("--search", action="store_true")
-    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072, 262144], help="keys of a prefill")
+    parser.add_argument("--decode-tokens", type=int, nargs="+", default=DECODE_TOKENS, help="keys of a step")
+    parser.add_argument("--queries", type=int, default=8192, help="rows of a prefill")
+    parser.add_argument("--search", action="store_true", help="also time other launches, at the most keys")
+    parser.add_argument(
+        "--seconds", type=float, default=300, help="time for everything; what does not fit is left out and said"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
@@ -351,25 +359,42 @@ def main() -> None:
         print(f"compiled, {deadline - time.monotonic():.0f} s left", flush=True)
     timer = ColdTimer()
     results: list[dict[str, object]] = []
-    for num_tokens in arguments.decode_tokens:
+
+    def take(about: dict[str, object], measured: Callable[[], dict[str, object]]) -> None:
+        """Keep a result, or why there is none, on disk at once: what comes after it is measured all the same."""
         if time.monotonic() > deadline:
-            break
-        layer = draw(num_tokens, 64, is_alike=False, seed=arguments.seed)
-        found = {num_rows: decode(layer, num_rows, timer) for num_rows in (1, 4, 16)}
-        results.append({"num_tokens": num_tokens, "decode": found})
-        print(results[-1], flush=True)
-    for num_tokens in arguments.tokens:
-        for is_alike in (True, False):
-            if time.monotonic() > deadline:
-                print("out of time", flush=True)
-                break
-            results.append(measure(num_tokens, is_alike, arguments, timer, deadline))
-            print({name: value for name, value in results[-1].items() if name != "search"}, flush=True)
-    if arguments.out:
-        device = torch.cuda.get_device_name()
-        versions = {"torch": torch.__version__, "triton": choice.triton.__version__}
-        document = {"device": device, "versions": versions, "seed": arguments.seed, "results": results}
-        arguments.out.write_text(json.dumps(document, indent=1))
+            print(f"no time for {about}", flush=True)
+            return
+        try:
+            results.append(about | measured())
+        except Exception as error:  # whatever went wrong is the result
+            traceback.print_exc()
+            results.append(about | {"failed": f"{type(error).__name__}: {error}"[:300]})
+            torch.cuda.empty_cache()
+        print({name: value for name, value in results[-1].items() if name != "search"}, flush=True)
+        if arguments.out:
+            save(arguments.out, arguments.seed, results)
+
+    for num_tokens in arguments.decode_tokens:
+
+        def decode_all(num_tokens: int = num_tokens) -> dict[str, object]:
+            layer = draw(num_tokens, 64, is_alike=False, seed=arguments.seed)
+            return {"decode": {num_rows: decode(layer, num_rows, timer) for num_rows in (1, 4, 16)}}
+
+        take({"num_tokens": num_tokens}, decode_all)
+    for num_tokens, is_alike in itertools.product(arguments.tokens, (True, False)):
+        take(
+            {"num_tokens": num_tokens, "alike": is_alike},
+            functools.partial(measure, num_tokens, is_alike, arguments, timer, deadline),
+        )
+    sys.exit(any("failed" in result for result in results))
+
+
+def save(out: Path, seed: int, results: list[dict[str, object]]) -> None:
+    """All results so far, as JSON."""
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    document = {"device": torch.cuda.get_device_name(), "versions": versions, "seed": seed, "results": results}
+    out.write_text(json.dumps(document, indent=1))
 
 
 if __name__ == "__main__":

@@ -288,7 +288,9 @@ def written(launch: L) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=200)
+    parser.add_argument(
+        "--seconds", type=float, default=200, help="time for everything; what does not fit is left out and said"
+    )
     parser.add_argument("--out", type=Path, default=Path("tune.json"))
     parser.add_argument("--only", help=f"of {','.join(KINDS)},pieces,quantize")
     parser.add_argument("--rows", help="such as 64,256")

@@ -141,6 +141,7 @@ def plan(
         str | None, typer.Option(metavar="NAME", help="bf16, fp16, fp32, int8, int4, nf4 or fp4.")
     ] = None,
     kv_cache: Annotated[str | None, typer.Option(metavar="NAME", help="bf16, fp32 or int8.")] = None,
+    kv_place: Annotated[str | None, typer.Option(metavar="NAME", help="Keys and values: on the card or host.")] = None,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -157,7 +158,11 @@ def plan(
 
     settings, terminal = with_usual_plan(load_settings({"model": model})), make_terminal(quiet)
     flags = PlanFlags(
-        parse_tokens(ctx) if ctx else None, parse_bytes(gpu_memory) if gpu_memory else None, weights, kv_cache
+        parse_tokens(ctx) if ctx else None,
+        parse_bytes(gpu_memory) if gpu_memory else None,
+        weights,
+        kv_cache,
+        kv_place,
     )
     report = plan_model(settings, flags, terminal.tell)
     if json_:

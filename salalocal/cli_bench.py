@@ -74,6 +74,7 @@ class EngineFlags:
     dtype: Annotated[str | None, typer.Option(metavar="NAME", help="bfloat16, float16 or float32.")] = None
     math: Annotated[str | None, typer.Option(metavar="NAME", help="Products on a card: int8, bf16 or fp8.")] = None
     kv_cache: Annotated[str | None, typer.Option(metavar="NAME", help="Keys and values: bf16 or int8.")] = None
+    kv_place: Annotated[str | None, typer.Option(metavar="NAME", help="Keys and values: on the card or host.")] = None
     chunk_size: Annotated[str | None, typer.Option(metavar="N", help="Tokens to read at a time.")] = None
 
     def settings(self) -> dict[str, Any]:

@@ -44,6 +44,10 @@ class ModelFlags:
     dtype: Annotated[str | None, typer.Option(metavar="NAME", help="bfloat16, float16 or float32.")] = None
     math: Annotated[str | None, typer.Option(metavar="NAME", help="Products on a card: int8, bf16 or fp8.")] = None
     kv_cache: Annotated[str | None, typer.Option(metavar="NAME", help="Keys and values: bf16 or int8.")] = None
+    kv_place: Annotated[str | None, typer.Option(metavar="NAME", help="Keys and values: on the card or host.")] = None
+    guess: Annotated[
+        bool | None, typer.Option("--guess/--no-guess", help="Guess, on a card, what an answer copies from the text.")
+    ] = None
     ctx: Annotated[str | None, typer.Option(metavar="N", help="Longest context: 65536, 64k, 1m or auto.")] = None
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System text before the documents.")] = None
     temperature: Annotated[float | None, typer.Option(metavar="X", help="0: always the likeliest token.")] = None

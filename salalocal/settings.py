@@ -73,6 +73,15 @@ def _real(value: object) -> float:
         raise ValueError("a number") from None
 
 
+def _switch(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    known = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    if str(value).lower() not in known:
+        raise ValueError("true or false")
+    return known[str(value).lower()]
+
+
 def _context(value: object) -> int | None:
     return None if value == "auto" else _tokens(value)
 
@@ -88,7 +97,8 @@ def _tokens(value: object) -> int:
 class Settings:
     """The effective settings of one run; `origins` says where each value came from.
 
-    A value of None means that the room concerned chooses (device, dtype, chunk_size, math, kv_cache, max_tokens, ctx).
+    A value of None means that the room concerned chooses (device, dtype, chunk_size, math, kv_cache, kv_place, guess,
+    max_tokens, ctx).
     """
 
     model: str = "builtin"
@@ -98,6 +108,8 @@ class Settings:
     chunk_size: int | None = None
     math: str | None = None
     kv_cache: str | None = None
+    kv_place: str | None = None
+    guess: bool | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -120,6 +132,8 @@ READERS: dict[str, Callable[[object], Any]] = {
     "chunk_size": _tokens,
     "math": _text,
     "kv_cache": _text,
+    "kv_place": _text,
+    "guess": _switch,
     "temperature": _real,
     "top_p": _real,
     "top_k": _whole,

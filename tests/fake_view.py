@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from salalocal.errors import SalaLocalError
+from salalocal.session.attribution import AnswerSources
 from salalocal.session.events import Event, Finish, TextDelta
 from salalocal.session.tokens import TokenReport
 
@@ -18,6 +19,7 @@ class FakeView:
         self.told: list[str] = []
         self.errors: list[SalaLocalError] = []
         self.reports: list[TokenReport] = []
+        self.sources: list[AnswerSources] = []
         self.tables: list[list[tuple[str, str]]] = []
         self.on_event: Callable[[Event], None] = lambda event: None
         self._lines = list(lines)
@@ -40,6 +42,9 @@ class FakeView:
 
     def show_tokens(self, report: TokenReport) -> None:
         self.reports.append(report)
+
+    def show_sources(self, sources: AnswerSources) -> None:
+        self.sources.append(sources)
 
     def show_table(self, rows: Sequence[tuple[str, str]]) -> None:
         self.tables.append(list(rows))

@@ -40,7 +40,7 @@ def packed_model(math: Math) -> SalaModel:
     def linear(name: str, in_features: int, out_features: int) -> torch.nn.Module:
         if name not in layout.matrices:
             return DenseLinear(in_features, out_features, torch.device("meta"), torch.bfloat16)
-        weight = layout.read(name)
+        weight = layout.read(name).to(CPU)
         assert isinstance(weight, PackedWeight)
         return KernelLinear(weight, math, workspace)
 

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,10 @@ from salalocal.terminal.model_views import context_text
 DOCS = Path(__file__).parents[1] / "docs"
 GUIDES = ("first-hour.md", "memory.md", "quantizing.md", "moving.md")
 CARDS = (8, 12, 16, 24, 32, 48, 80)
-TABLE = re.compile(r"(?<=<!-- longest contexts -->\n).*?(?=<!-- end -->)", re.DOTALL)
+PARTS = {
+    name: re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+    for name in ("longest contexts", "host memory")
+}
 
 
 def shown_commands(guide: str) -> list[list[str]]:
@@ -76,12 +80,33 @@ def longest_contexts() -> str:
     return "\n".join(rows) + "\n"
 
 
-def test_the_table_of_contexts_is_what_plan_computes() -> None:
-    """SALALOCAL_WRITE_GOLDEN=1 writes it anew."""
-    path, table = DOCS / "memory.md", longest_contexts()
+def host_memory() -> str:
+    """The table of contexts with keys and values in host memory, from the plan of a card of 8 GB."""
+    rows = [
+        "| context | of an 8 GB card, int8 cache | of the host | of the card, bf16 cache | of the host |",
+        "|---|---|---|---|---|",
+    ]
+    config = SalaConfig.released()
+    stored = StoredWeights(WeightFormat.INT4, weight_bytes(config, WeightFormat.INT4))
+    for num_tokens in (2**18, 2**19, 2**20, 2**21):
+        cells = [context_text(num_tokens)]
+        for cache in (CacheFormat.INT8, CacheFormat.BF16):
+            options = PlanOptions(WeightFormat.INT4, cache, stored=stored, is_kv_on_host=True)
+            report = make_plan(config, PlanRequest(RELEASED_MODEL, num_tokens, 8 * 2**30, options))
+            plan = next(plan for plan in report.plans if plan.num_tokens == num_tokens)
+            assert report.fits
+            cells += [f"{plan.total_bytes / 2**30:.2f} GiB", f"{plan.host_bytes / 2**30:.2f} GiB"]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+@pytest.mark.parametrize(("name", "computed"), [("longest contexts", longest_contexts), ("host memory", host_memory)])
+def test_the_tables_of_memory_are_what_plan_computes(name: str, computed: Callable[[], str]) -> None:
+    """SALALOCAL_WRITE_GOLDEN=1 writes them anew."""
+    path, table = DOCS / "memory.md", computed()
     text = path.read_text()
     if os.environ.get("SALALOCAL_WRITE_GOLDEN"):
-        text = TABLE.sub(lambda match: table, text)
+        text = PARTS[name].sub(lambda match: table, text)
         path.write_text(text)
-    found = TABLE.search(text)
+    found = PARTS[name].search(text)
     assert found is not None and found[0] == table

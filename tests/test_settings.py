@@ -52,6 +52,15 @@ def test_auto_is_no_limit_of_the_context() -> None:
     assert load_settings({"ctx": "auto"}, {"SALALOCAL_CTX": "64k"}).ctx is None
 
 
+@pytest.mark.parametrize(("word", "said"), [("1", True), ("Yes", True), ("off", False), ("false", False)])
+def test_a_switch_is_said_in_words(word: str, said: bool) -> None:
+    assert load_settings({}, {"SALALOCAL_GUESS": word}).guess is said
+    assert load_settings({"guess": not said}, {"SALALOCAL_GUESS": word}).guess is not said
+    assert load_settings({}, {}).guess is None
+    with pytest.raises(SettingsError, match="SALALOCAL_GUESS is 'perhaps', not true or false"):
+        load_settings({}, {"SALALOCAL_GUESS": "perhaps"})
+
+
 def test_an_empty_variable_is_not_set() -> None:
     assert load_settings({}, {"SALALOCAL_MODEL": ""}).model == "builtin"
 

@@ -57,7 +57,10 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Measure for a second or two. Memory needed: some 2 GiB on a card, 300 MB on a CPU, given back."""
+    """Measure for a second or two. Memory needed: some 2 GiB on a card, 300 MB on a CPU, given back.
+
+    `dtype`: what is tried beside bf16.
+    """
     is_card = device.type == "cuda"
     read_bytes_per_s, copy_bytes_per_s = _memory_rates(device)
     products = {tried: _float_flops_per_s(device, tried) for tried in {dtype, torch.bfloat16}}

@@ -18,11 +18,12 @@ from salalocal.engine.budget import (
     PlanOptions,
     StoredWeights,
     WeightFormat,
+    check_lockable,
     fitted,
     longest_context,
     plan_memory,
 )
-from salalocal.engine.engine import Engine, EngineConfig
+from salalocal.engine.engine import Engine
 from salalocal.engine.load import Placement
 from salalocal.errors import HubError, MemoryBudgetError, RequestError
 from salalocal.model.config import SalaConfig
@@ -31,14 +32,15 @@ from salalocal.quant.int4 import IntScheme
 from salalocal.quant.layout import WeightLayout
 from salalocal.quant.linear import KernelLinear
 from salalocal.session.memory import naming_memory_errors
-from salalocal.session.plan import RELEASED_MODEL, short_tokens
-from salalocal.session.runtime import DTYPES, LoadOptions, cache_named, math_named, open_runtime
+from salalocal.session.plan import RELEASED_MODEL, lockable_bytes, placed, short_tokens
+from salalocal.session.runtime import DTYPES, LoadOptions, cache_named, engine_config, math_named, open_runtime
 from salalocal.session.start import Tell, model_choice
 from salalocal.session.usual_model import with_usual_model
 from salalocal.settings import DEFAULT_ORIGIN, Settings
 
 _SCALE_BYTES = 2
 _ROUND_DOWN_TO = 1024
+_HOST_NOTE = "keys and values lie in host memory; shares of the roofline count them as if the card held them"
 
 
 def find_subject(settings: Settings, device: torch.device, tell: Tell) -> tuple[Settings, ModelFolder | None]:
@@ -101,20 +103,27 @@ def _random_subject(settings: Settings, device: torch.device, capacity: int) -> 
         math=math_named(settings.math),
         stored=StoredWeights(WeightFormat.INT4, sum(tensor_bytes(layout, torch.bfloat16).values())),
     )
+    options = placed(config, options, settings.kv_place)
     free = device_memory(device).free_bytes + (CUDA_DRIVER_BYTES if is_cuda else 0)  # the context is there already
     options = fitted(config, capacity, free, options, settings.chunk_size)
-    needed = plan_memory(config, capacity, options).total_bytes
-    if needed > free:
-        longest = longest_context(config, free, options) // _ROUND_DOWN_TO * _ROUND_DOWN_TO
-        raise MemoryBudgetError(
-            f"{capacity:,} tokens need {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free",
-            f"salalocal bench --ctx {short_tokens(longest)}" if longest else "salalocal bench --model builtin",
-        )
+    needed = _checked_bytes(config, capacity, options, free)
     with naming_memory_errors("making random weights"):
         placement = Placement(options.math, options.is_embedding_on_host)
-        engine_config = EngineConfig(options.chunk_size, options.cache is CacheFormat.INT8)
-        engine = random_engine(config, layout, device, placement, engine_config)
+        engine = random_engine(config, layout, device, placement, engine_config(options, settings.guess))
     return _subject(engine, layout, "random", "released shape, 9.5 B parameters, random int4 weights", needed)
+
+
+def _checked_bytes(config: SalaConfig, capacity: int, options: PlanOptions, free: int) -> int:
+    """What a run takes of the device. Raises: MemoryBudgetError if that, or what it locks on the host, is not free."""
+    plan, lockable = plan_memory(config, capacity, options), lockable_bytes() if options.is_cuda else 0
+    if plan.total_bytes > free:
+        longest = longest_context(config, free, options, lockable) // _ROUND_DOWN_TO * _ROUND_DOWN_TO
+        raise MemoryBudgetError(
+            f"{capacity:,} tokens need {plan.total_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free",
+            f"salalocal bench --ctx {short_tokens(longest)}" if longest else "salalocal bench --model builtin",
+        )
+    check_lockable(plan, lockable)
+    return plan.total_bytes
 
 
 def _subject(
@@ -134,6 +143,7 @@ def _subject(
         cache="int8" if is_int8 else _dtype_name(dtype),
         chunk_size=engine.config.chunk_size,
         planned_bytes=planned_bytes,
+        notes=(_HOST_NOTE,) if engine.config.is_kv_on_host else (),
     )
     return EngineSubject(engine, facts, cost)
 

@@ -1,7 +1,8 @@
 """One benchmark from start to end: settings and options come in, a BenchReport goes out; for the `bench` command.
 
-The model walks first, then it is let go, the machine's ceilings are measured, and the baseline walks. All of it in one
-process and one run, so that its figures can be held against each other.
+The model walks first, then it is let go, the machine's ceilings are measured (after an interrupted walk too, which has
+figures to hold against them), and the baseline walks. All of it in one process and one run, so that its figures can be
+held against each other.
 """
 
 import gc
@@ -95,13 +96,22 @@ def _measure(
     has_own_peak = forget_peak(device)
     subject = open_subject(folder, settings, device, depths[-1] + plan.drawn_tokens)
     config, dtype, chunk_size = subject.config, subject.dtype, subject.facts.chunk_size
+    report.notes += subject.facts.notes
     made_for = config.max_position_embeddings
     if made_for is not None and depths[-1] > made_for:
         report.notes.append(f"the model was made for contexts of up to {made_for:,} tokens")
-    _walk(report, subject, plan, on_progress, has_own_peak)
-    del subject
+    is_interrupted = False
+    try:
+        _walk(report, subject, plan, on_progress, has_own_peak)
+    except KeyboardInterrupt:
+        if not report.has_figures:
+            raise
+        is_interrupted = True
+    del subject  # here, where no traceback holds it any more
     _let_go(device)
     report.ceilings = measure_ceilings(device, dtype)
+    if is_interrupted:
+        raise KeyboardInterrupt
     if options.baseline == DENSE:
         _measure_dense(report, config, plan, (device, chunk_size), on_progress)
 

@@ -13,7 +13,7 @@ from salalocal.engine.sampling_params import SamplingParams
 from salalocal.errors import RequestError
 from salalocal.prompt.sources import PackLimits, read_sources
 from salalocal.session.events import Finish
-from salalocal.session.session import Session
+from salalocal.session.session import NUM_SOURCES, Session
 from salalocal.session.start import tell_skips
 from salalocal.settings import READERS
 
@@ -71,6 +71,16 @@ def _help(chat: Chat, _rest: str) -> None:
 
 def _tokens(chat: Chat, _rest: str) -> None:
     chat.view.show_tokens(chat.session.token_report())
+
+
+def _sources(chat: Chat, rest: str) -> None:
+    try:
+        limit = int(rest) if rest else NUM_SOURCES
+    except ValueError:
+        limit = 0
+    if limit < 1:
+        raise RequestError(f"/sources takes a number from 1 on, not {rest[:40]!r}", "/sources 20")
+    chat.view.show_sources(chat.session.sources(limit))
 
 
 def _undo(chat: Chat, _rest: str) -> None:
@@ -158,6 +168,7 @@ COMMANDS = {
     for command in (
         Command("/help", "", "this list", _help),
         Command("/tokens", "", "the documents and how many tokens they take", _tokens),
+        Command("/sources", "[N]", "the lines that the last answer was read from", _sources),
         Command("/undo", "", "take back the last question and its answer", _undo),
         Command("/retry", "", "answer the last question again", _retry),
         Command("/add", "PATH ...", "read more files, folders or archives", _add),

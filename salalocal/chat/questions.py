@@ -5,17 +5,19 @@ from dataclasses import dataclass
 
 from salalocal.chat.turns import play
 from salalocal.chat.view import EventView
+from salalocal.session.attribution import Source
 from salalocal.session.events import Finish
 from salalocal.session.session import Session
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A question with its answer and how the turn ended."""
+    """A question with its answer, how the turn ended, and the lines of the documents that it was read from."""
 
     question: str
     text: str
     finish: Finish
+    sources: tuple[Source, ...] = ()
 
 
 def answer_questions(session: Session, questions: Sequence[str], view: EventView) -> Iterator[Answer]:
@@ -25,9 +27,10 @@ def answer_questions(session: Session, questions: Sequence[str], view: EventView
         last = play(session, session.ask(question), view)
         if not isinstance(last, Finish):
             return
-        text = ""
+        text, sources = "", tuple[Source, ...]()
         if len(session.turns) > num_turns:
+            sources = session.sources().sources if session.pack is not None else ()
             text = session.undo().answer
-        yield Answer(question, text, last)
+        yield Answer(question, text, last, sources)
         if last.reason == "cancelled":
             return

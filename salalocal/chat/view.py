@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from salalocal.errors import SalaLocalError
+from salalocal.session.attribution import AnswerSources
 from salalocal.session.events import Event
 from salalocal.session.tokens import TokenReport
 
@@ -35,6 +36,10 @@ class ChatView(EventView, Protocol):
 
     def show_tokens(self, report: TokenReport) -> None:
         """Show the documents with their token counts."""
+        ...
+
+    def show_sources(self, sources: AnswerSources) -> None:
+        """Show the lines that an answer was read from."""
         ...
 
     def show_table(self, rows: Sequence[tuple[str, str]]) -> None:

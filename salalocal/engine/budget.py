@@ -4,7 +4,7 @@ refusals.
 No torch and no device here. Source of the figures: specification of MiniCPM-SALA, sections 14 and 15.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from math import prod
@@ -27,10 +27,16 @@ _LIGHTNING_SEGMENT = 512  # tokens between the states that a prefill leaves
 _FUSED_ROWS = 1024  # most rows whose products do not go by a scratch
 _MAX_SCRATCH_BYTES = 256 * 2**20  # see `kernels.int4.route`
 _GEMM_SCRATCH_BYTES = 32 * 2**20  # partial sums of products of few and of some rows
+_RECENT_TOKENS = 256  # keys that an 8-bit cache keeps unquantized too, see `kernels.kv_cache`
+_RECORDED_ROWS = 512  # rows of an answer whose picks are kept, see `engine.picks`
+_STEP_ROWS = 16  # most rows of an answer's step
+_HOST_COPIES = 4096  # blocks of a head that are brought from host memory at once, see `kernels.block_attention.host`
+_HOST_GROUP_ROWS = 32  # of which it is noted what they picked
 
 _GROUP = 128
 _PACKED_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "o_gate", "z_proj", "gate_proj", "up_proj", "down_proj")
 _CODEBOOK_BLOCK = 64
+_KERNEL_GROUPS = (32, 64, 128)  # weights that share a scale, of the kernels for cards
 
 Math = Literal["bf16", "int8", "fp8"]
 
@@ -100,7 +106,7 @@ class PlanOptions:
 
     `math`: what many rows are multiplied in on a card. `stored` is what a quantized folder holds, if there is one;
     other weights are counted by formula. `has_kernels`: whether the kernels for cards take the model, which computes in
-    bf16 then.
+    bf16 then. `is_kv_on_host`: keys and values lie in host memory, which only those kernels read.
     """
 
     weights: WeightFormat = WeightFormat.BF16
@@ -111,6 +117,7 @@ class PlanOptions:
     math: Math = "int8"
     is_embedding_on_host: bool = False
     has_kernels: bool = True
+    is_kv_on_host: bool = False
 
     @property
     def is_fused(self) -> bool:
@@ -124,7 +131,8 @@ class MemoryPlan:
     """Bytes by part for one sequence of `num_tokens` tokens, prompt and answer together.
 
     `activation_bytes` is an estimate of the largest set of temporary tensors of a chunk; every other part is exact for
-    a state made with room for just these tokens.
+    a state made with room for just these tokens. `recent_bytes`: last keys that an 8-bit cache keeps unquantized.
+    `host_bytes`, page-locked, are not of the card: keys and values that lie there, and the embedding table.
     """
 
     num_tokens: int
@@ -136,6 +144,8 @@ class MemoryPlan:
     activation_bytes: int
     logits_bytes: int
     driver_bytes: int
+    recent_bytes: int = 0
+    host_bytes: int = 0
 
     @property
     def pooled_key_bytes(self) -> int:
@@ -144,17 +154,17 @@ class MemoryPlan:
 
     @property
     def cache_bytes(self) -> int:
-        """What grows with the context: keys, values and pooled keys."""
+        """What grows with the context on the device: keys, values and pooled keys."""
         return self.kv_bytes + self.pooled_key_bytes
 
     @property
     def state_bytes(self) -> int:
-        """Everything that a session keeps: the cache and the lightning states."""
-        return self.cache_bytes + self.lightning_bytes
+        """Everything that a session keeps on the device: the cache and the lightning states."""
+        return self.cache_bytes + self.recent_bytes + self.lightning_bytes
 
     @property
     def total_bytes(self) -> int:
-        """The sum of all parts."""
+        """The sum of all parts on the device."""
         return self.weight_bytes + self.state_bytes + self.activation_bytes + self.logits_bytes + self.driver_bytes
 
 
@@ -169,21 +179,53 @@ def plan_memory(config: SalaConfig, num_tokens: int, options: PlanOptions | None
     sparse = config.sparse
     num_sparse = config.mixer_types.count(SPARSE)
     pooled_row = num_sparse * sparse.num_key_value_heads * sparse.head_dim * _pooled_width(options.cache)
+    kv_bytes = num_tokens * 2 * num_sparse * sparse.num_key_value_heads * _kv_row_bytes(sparse.head_dim, options.cache)
     return MemoryPlan(
         num_tokens=num_tokens,
         weight_bytes=_weight_bytes(config, options),
-        kv_bytes=num_tokens
-        * 2
-        * num_sparse
-        * sparse.num_key_value_heads
-        * _kv_row_bytes(sparse.head_dim, options.cache),
+        kv_bytes=0 if options.is_kv_on_host else kv_bytes,
         k1_bytes=-(-num_tokens // sparse.kernel_stride) * pooled_row,
         k2_bytes=-(-num_tokens // (4 * sparse.kernel_stride)) * pooled_row,
         lightning_bytes=_lightning_bytes(config),
         activation_bytes=_activation_bytes(config, num_tokens, options),
         logits_bytes=2 * 4 * config.vocab_size,  # fp32, and a copy in sampling
         driver_bytes=CUDA_DRIVER_BYTES if options.is_cuda else 0,
+        recent_bytes=_RECENT_TOKENS * pooled_row if options.cache is CacheFormat.INT8 else 0,
+        host_bytes=kv_bytes * options.is_kv_on_host + _table_bytes(config) * options.is_embedding_on_host,
     )
+
+
+def why_no_kernels(config: SalaConfig) -> str:
+    """Why the kernels for cards do not take a model, as its config says, in words; empty if they do.
+
+    Weights that turn out to be grouped otherwise than their record says are found when they are loaded.
+    """
+    if config.lightning.num_key_value_heads != config.lightning.num_heads:
+        return "its lightning layers share keys between heads"
+    record = config.quantization_config or {}
+    lightning, sparse = config.lightning, config.sparse
+    widths = (lightning.num_heads * lightning.head_dim, sparse.num_attention_heads * sparse.head_dim)
+    for scheme in _recorded_schemes(record):
+        for num_in in (config.hidden_size, config.intermediate_size, *widths):
+            if num_in % _GROUP:
+                return f"{num_in:,} input features are not in groups of {_GROUP}"
+        if scheme.get("desc_act") is True or scheme.get("actorder") in (True, "group", "dynamic"):
+            return "its features are grouped by act-order"
+        if scheme.get("strategy") == "channel" or scheme.get("group_size", _GROUP) not in _KERNEL_GROUPS:
+            return f"its weights are not in groups of {', '.join(map(str, _KERNEL_GROUPS))}"
+    return ""
+
+
+def _recorded_schemes(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """How integer weights are grouped: by the record, and by its exceptions or its groups."""
+    if record.get("quant_method") == "gptq":
+        yield record
+    for name in ("dynamic", "config_groups"):
+        parts = record.get(name)
+        for part in parts.values() if isinstance(parts, Mapping) else ():
+            scheme = part.get("weights", part) if isinstance(part, Mapping) else None
+            if isinstance(scheme, Mapping):
+                yield scheme
 
 
 def fitted(
@@ -207,13 +249,19 @@ def fitted(
     return next(fitting, choices[-1])
 
 
-def longest_context(config: SalaConfig, memory_bytes: int, options: PlanOptions | None = None) -> int:
-    """The largest number of tokens whose plan fits into `memory_bytes`; 0 if not even the weights fit."""
+def longest_context(
+    config: SalaConfig, memory_bytes: int, options: PlanOptions | None = None, host_bytes: int | None = None
+) -> int:
+    """The largest number of tokens whose plan fits into `memory_bytes`; 0 if not even the weights fit.
+
+    `host_bytes`: most that may be locked in host memory, None for any amount.
+    """
     fits, too_many = 0, MAX_CONTEXT_TOKENS + 1
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
         choice = fitted(config, middle, memory_bytes, options or PlanOptions())
-        if plan_memory(config, middle, choice).total_bytes <= memory_bytes:
+        plan = plan_memory(config, middle, choice)
+        if plan.total_bytes <= memory_bytes and (host_bytes is None or plan.host_bytes <= host_bytes):
             fits = middle
         else:
             too_many = middle
@@ -229,7 +277,7 @@ def check_fits(plan: MemoryPlan, memory_bytes: int, model: str = "MODEL", altern
         parts = {
             "weights": plan.weight_bytes,
             "cache": plan.cache_bytes,
-            "lightning states": plan.lightning_bytes,
+            "lightning states": plan.lightning_bytes + plan.recent_bytes,
             "work": plan.activation_bytes + plan.logits_bytes + plan.driver_bytes,
         }
         shown = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
@@ -239,6 +287,16 @@ def check_fits(plan: MemoryPlan, memory_bytes: int, model: str = "MODEL", altern
             f"these would fit: {'; '.join(alternatives)}"
             if alternatives
             else f"salalocal plan {model} --ctx {plan.num_tokens} shows the table",
+        )
+
+
+def check_lockable(plan: MemoryPlan, host_bytes: int, alternatives: Sequence[str] = ()) -> None:
+    """Raises MemoryBudgetError if the plan locks more than `host_bytes` of host memory."""
+    if plan.host_bytes > host_bytes:
+        raise MemoryBudgetError(
+            f"a context of {plan.num_tokens:,} tokens needs {plan.host_bytes / 2**30:.2f} GiB of host memory that "
+            f"stays locked, {host_bytes / 2**30:.2f} GiB may be",
+            f"these would fit: {'; '.join(alternatives)}" if alternatives else "close other programs that use memory",
         )
 
 
@@ -254,7 +312,11 @@ def _weight_bytes(config: SalaConfig, options: PlanOptions) -> int:
     num_bytes = options.stored.num_bytes if options.stored and is_stored else weight_bytes(config, options.weights)
     if options.is_fused and options.weights in _INTEGERS:
         num_bytes += _folded_scale_bytes(config)
-    return num_bytes - (2 * config.vocab_size * config.hidden_size if options.is_embedding_on_host else 0)
+    return num_bytes - (_table_bytes(config) if options.is_embedding_on_host else 0)
+
+
+def _table_bytes(config: SalaConfig) -> int:
+    return 2 * config.vocab_size * config.hidden_size
 
 
 def _folded_scale_bytes(config: SalaConfig) -> int:
@@ -292,7 +354,8 @@ def _activation_bytes(config: SalaConfig, num_tokens: int, options: PlanOptions)
     """The largest set of temporary tensors: the residual stream, and the MLP or one mixer, whichever is larger."""
     rows = min(options.chunk_size, max(1, num_tokens))
     if options.is_fused:
-        return _fused_work_bytes(config, rows, options)
+        work = _fused_work_bytes(config, rows, options)
+        return work + (_host_work_bytes(config, num_tokens, rows, options) if options.is_kv_on_host else 0)
     # The cache is in the dtype of the activations, unless it is quantized.
     item = 4 if options.weights is WeightFormat.FP32 or options.cache is CacheFormat.FP32 else 2
     mixers = {
@@ -315,9 +378,11 @@ def _sparse_work_bytes(config: SalaConfig, num_tokens: int, rows: int, item: int
     sparse = config.sparse
     width = sparse.num_attention_heads * sparse.head_dim
     num_picked = min(sparse.topk + sparse.window_size // sparse.block_size, -(-num_tokens // sparse.block_size))
-    # What the rows read from each picked block before it is merged, held twice; the pooled keys in fp32.
-    parts = 2 * 4 * min(rows * num_picked * width // sparse.num_key_value_heads, _MAX_PARTIAL_VALUES)
-    pooled = 4 * sparse.num_key_value_heads * sparse.head_dim * (num_tokens // sparse.kernel_stride)
+    # What the rows read from each picked block, and from those they share, before it is merged, held twice; both kinds
+    # of pooled keys in fp32.
+    group_width = width // sparse.num_key_value_heads
+    parts = 2 * 4 * (min(rows * num_picked * group_width, _MAX_PARTIAL_VALUES) + rows * group_width)
+    pooled = 4 * sparse.num_key_value_heads * sparse.head_dim * (num_tokens // sparse.kernel_stride) * 5 // 4
     return rows * width * (5 * item + 2 * 4) + parts + pooled + _TILE_BYTES
 
 
@@ -344,7 +409,25 @@ def _fused_work_bytes(config: SalaConfig, rows: int, options: PlanOptions) -> in
     stream = 2 * 2 * rows * hidden
     largest = max(hidden * inner, _largest_packed(config))
     scratch = min(largest * (2 if options.math == "bf16" else 1), _MAX_SCRATCH_BYTES) + _GEMM_SCRATCH_BYTES
-    return stream + max(mlp, *mixers) + scratch
+    return stream + max(mlp, *mixers) + scratch + _recorded_bytes(config)
+
+
+def _recorded_bytes(config: SalaConfig) -> int:
+    """What is noted of the blocks that an answer's rows picked, and that a step's rows pick: numbers and weights."""
+    sparse = config.sparse
+    lists = config.mixer_types.count(SPARSE) * sparse.num_key_value_heads
+    num_picks = sparse.topk + sparse.window_size // sparse.block_size
+    widest = max(num_picks, -(-sparse.dense_len // sparse.block_size))
+    return lists * (6 * _RECORDED_ROWS * num_picks + 12 * _STEP_ROWS * widest)
+
+
+def _host_work_bytes(config: SalaConfig, num_tokens: int, rows: int, options: PlanOptions) -> int:
+    """Blocks of one layer brought from host memory, and notes, held thrice at most, of who picked which."""
+    sparse = config.sparse
+    num_blocks = -(-num_tokens // sparse.block_size)
+    token = 2 * sparse.num_key_value_heads * _kv_row_bytes(sparse.head_dim, options.cache)
+    copies = min(num_blocks + 2, _HOST_COPIES) * sparse.block_size * token
+    return copies + 3 * -(-rows // _HOST_GROUP_ROWS) * sparse.num_key_value_heads * num_blocks
 
 
 def _largest_packed(config: SalaConfig) -> int:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from salalocal.device import device_memory
 from salalocal.engine.fused.decoder import Decoder, GuessStats
 from salalocal.engine.fused.model import FusedModel, why_not_fused
+from salalocal.engine.picks import RING_ROWS, AnswerPicks, PickLog, Picks, first_picking, newest_picks
 from salalocal.engine.prefill import CancelCheck, Forward, ProgressCallback, as_ids, read_chunks
 from salalocal.engine.prompt_lookup import PromptLookup
 from salalocal.engine.sampling import RepetitionGuard, Sampler, check_finite
 from salalocal.engine.sampling_params import SamplingParams
-from salalocal.errors import MemoryBudgetError, RequestError
+from salalocal.errors import BackendError, MemoryBudgetError, RequestError
 from salalocal.kernels.lightning_decode import MAX_STEPS
 from salalocal.model.sala import SalaModel, SwitchRule
 from salalocal.model.state import ModelState
@@ -35,12 +36,14 @@ _LOGIT_ROWS = 256  # rows of logits computed at once: 75 MB for a vocabulary of 
 class EngineConfig:
     """How a model is run. Units: chunk_size in tokens, how many a prefill feeds at once.
 
-    `is_cache_int8`: keys and values are cached in 8 bits. `is_guessing`: see `prompt_lookup`.
+    `is_cache_int8`: keys and values are cached in 8 bits. `is_guessing`: see `prompt_lookup`. `is_kv_on_host`: they lie
+    in page-locked host memory, which only `engine.fused` reads.
     """
 
     chunk_size: int = 512
     is_cache_int8: bool = False
     is_guessing: bool = True
+    is_kv_on_host: bool = False
 
     def __post_init__(self) -> None:
         if type(self.chunk_size) is not int or self.chunk_size < 1:
@@ -59,6 +62,10 @@ class Engine:
         why = why_not_fused(model)
         if why and model.device.type == "cuda":
             _LOG.warning("the model runs module by module, which is slow: %s", why)
+        if why and self.config.is_kv_on_host:
+            raise BackendError(
+                f"keys and values in host memory need the fused kernels: {why}", "leave out --kv-place host"
+            )
         self._fused = None if why else FusedModel(model)
         self.forward: Forward = self._fused or model
 
@@ -84,7 +91,8 @@ class Engine:
         if capacity and self._fused is not None:
             capacity += MAX_STEPS  # an answer's step may write so far ahead, and a cache that grows moves
         with torch.inference_mode():
-            return self.model.new_state(1, capacity, switch, prompt_tokens, self.config.is_cache_int8)
+            is_int8, is_kv_on_host = self.config.is_cache_int8, self.config.is_kv_on_host
+            return self.model.new_state(1, capacity, switch, prompt_tokens, is_int8, is_kv_on_host)
 
     def prefill(
         self,
@@ -186,6 +194,18 @@ class Engine:
             lookup = PromptLookup(guess_from)
         return Generation(self, state, logits, params, frozenset(stop_ids), is_cancelled, lookup)
 
+    def next_picks(self, ids: Sequence[int], state: ModelState) -> Picks:
+        """What the last of these ids would pick, were they fed; the state stays as it is. None, if it reads everything.
+
+        Cheap where the state is the longest that its rows belong to, and has room for the ids: else they are copied.
+        """
+        tokens, fork = as_ids(ids, self.model.config.vocab_size, self.device), state.fork()
+        with torch.inference_mode():
+            for _ in read_chunks(self.forward, tokens, fork, self.config.chunk_size):
+                pass
+        row = newest_picks(fork)
+        return Picks.of([] if row is None else [row], fork.num_tokens - 1, fork, self.model.config)
+
     def _last_logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.model.logits(hidden[:, -1])[0]
         check_finite(logits, "logits")
@@ -204,6 +224,7 @@ class _ModuleDecoder:
 
     def __init__(self, engine: Engine, state: ModelState, sampler: Sampler) -> None:
         self._engine, self._state, self._sampler = engine, state, sampler
+        self._log = PickLog()
         self.stats = GuessStats()
 
     def next_token(self, token: int) -> int:
@@ -211,7 +232,12 @@ class _ModuleDecoder:
         with torch.inference_mode():
             hidden = self._engine.model(torch.tensor([[token]], device=self._engine.device), self._state)
             logits = self._engine._last_logits(hidden)
-        return self._sampler.sample(logits)
+        self._log.take(self._state)
+        return self._sampler.sample(logits, self._state.num_tokens)
+
+    def picks(self) -> Picks:
+        """What the last rows picked, those that did."""
+        return self._log.picks(self._state, self._engine.model.config)
 
 
 class Generation(Iterator[int]):
@@ -251,12 +277,30 @@ class Generation(Iterator[int]):
         self._sampler = Sampler(params)
         self._decoder = engine._decoder(state, self._sampler, params.max_tokens, lookup)
         self._state = state
+        self._config = engine.model.config
+        self._first = state.num_tokens
+        self._first_picking = first_picking(self._config, state)
+        self._first_picks = newest_picks(state)
         self._guard = RepetitionGuard()
 
     @property
     def guesses(self) -> GuessStats:
         """How guessing what comes next went so far."""
         return self._decoder.stats
+
+    def picks(self) -> AnswerPicks:
+        """What was picked to draw the tokens so far; of a long answer the last ones. Waits for the device."""
+        rows = [self._first_picks] if self._first_picks is not None and self.ids else []
+        first = Picks.of(rows, self._first - 1, self._state, self._config)
+        # A token is drawn by the row in front of it.
+        num_dense = min(len(self.ids), max(0, self._first_picking - self._first + 1))
+        return AnswerPicks((first + self._decoder.picks()).last(RING_ROWS), len(self.ids), num_dense)
+
+    def close(self) -> None:
+        """End here, as cancelled, and give back what the answer took on the device; harmless after the end."""
+        if self.reason is None:
+            self.reason = "cancelled"
+        self._state.settle()
 
     def __iter__(self) -> "Generation":
         return self
@@ -267,7 +311,10 @@ class Generation(Iterator[int]):
         if self.reason is not None:
             self._state.settle()
             raise StopIteration
-        token = self._decoder.next_token(self.ids[-1]) if self.ids else self._sampler.sample(self._logits)
+        if self.ids:
+            token = self._decoder.next_token(self.ids[-1])
+        else:
+            token = self._sampler.sample(self._logits, self._first)
         self.ids.append(token)
         self.reason = self._end_after(token)
         if self.reason is not None:

@@ -7,42 +7,50 @@ Filters, in this order, each on what the one before left, as in transformers:
     top_p   the shortest run of the most probable tokens whose sum is at least top_p of what top_k left; ties as above
     min_p   the tokens with p >= min_p * max(p)
 
-Then one token is drawn from what is left. Everything after the logits is float64 on the CPU, so one seed and the same
-logits give the same token on every device.
+Then one token is drawn from what is left, by a random number that the seed and the token's position in the sequence
+alone decide: forks and runs that go on later draw what one that never stopped would. Everything after the logits is
+float64 on the CPU, so one seed and the same logits give the same token on every device.
 """
 
 import math
+import secrets
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from salalocal.engine.sampling_params import SamplingParams
 from salalocal.errors import NumericError
 
+_RANDOM_BITS = 53  # of a float64 in [0, 1)
+_BLOCK_NUMBERS = 4  # that Philox makes at a time
+
 
 class Sampler:
-    """Draws tokens one after the other; owns the random numbers of one answer."""
+    """Draws tokens; its random numbers are those of a seed, one for every position. Without a seed, one is drawn."""
 
     def __init__(self, params: SamplingParams) -> None:
         self._params = params
-        self._generator = torch.Generator()
-        if params.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(params.seed)
+        self._seed = secrets.randbits(63) if params.seed is None else params.seed
 
     @property
     def params(self) -> SamplingParams:
         """How it draws."""
         return self._params
 
-    def uniforms(self, count: int) -> Tensor:
-        """The random numbers of the next `count` tokens, for a device that draws them. Shapes: float64 [count]."""
-        return torch.rand(count, generator=self._generator, dtype=torch.float64)
+    def uniforms(self, first: int, count: int) -> Tensor:
+        """The random numbers, from [0, 1), of the tokens at `count` positions from `first` on. Shapes: float64 [count].
 
-    def sample(self, logits: Tensor) -> int:
-        """The next token.
+        Source: Philox, a generator that can begin anywhere (Salmon et al. 2011).
+        """
+        stream, skipped = np.random.Philox(key=self._seed), first % _BLOCK_NUMBERS
+        stream.advance(first // _BLOCK_NUMBERS)
+        bits = stream.random_raw(skipped + count)[skipped:] >> np.uint64(64 - _RANDOM_BITS)
+        return torch.from_numpy(bits.astype(np.float64) * 2.0**-_RANDOM_BITS)
+
+    def sample(self, logits: Tensor, position: int) -> int:
+        """The token that is to stand at `position`.
 
         Shapes: logits [V], any float dtype and device. Raises: NumericError if one of them is NaN or infinite.
         """
@@ -52,7 +60,7 @@ class Sampler:
         probabilities = token_probabilities(logits, self._params)
         kept = torch.nonzero(probabilities).squeeze(-1)
         cumulative = probabilities[kept].cumsum(0)
-        drawn = torch.rand((), generator=self._generator, dtype=torch.float64) * cumulative[-1]
+        drawn = self.uniforms(position, 1) * cumulative[-1]
         place = torch.searchsorted(cumulative, drawn, right=True)
         return int(kept[min(int(place), kept.numel() - 1)])
 

@@ -2,6 +2,7 @@
 
     y = x * round(sigmoid(gate))        round: to the dtype of gate
 
+`kernels.swiglu` shares the kernel.
 Shapes: x, gate [...] of one dtype. Source: specification, sections 5 and 6 (the released modelling code).
 """
 
@@ -47,50 +48,62 @@ def sigmoid(x, HAS_ASM: tl.constexpr):
 
 
 @triton.jit
-def _sigmoid_gate_kernel(
-    x_ptr,
-    gate_ptr,
+def _gated_rows_kernel(
+    first_ptr,
+    second_ptr,
     y_ptr,
-    x_stride,
-    gate_stride,
+    first_stride,
+    second_stride,
     num_channels,
+    IS_SWIGLU: tl.constexpr,
     BLOCK: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """BLOCK channels of one row per program; y is contiguous."""
+    """BLOCK channels of one row per program: first * sigmoid(second), or silu(first) * second; y is contiguous."""
     row = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_there = channels < num_channels
     dtype = y_ptr.dtype.element_ty
-    x = tl.load(x_ptr + row * x_stride + channels, mask=is_there, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + row * gate_stride + channels, mask=is_there, other=0.0).to(tl.float32)
-    opening = sigmoid(gate, FAST).to(dtype).to(tl.float32)
-    tl.store(y_ptr + row * num_channels + channels, (x * opening).to(dtype), mask=is_there)
+    first = tl.load(first_ptr + row * first_stride + channels, mask=is_there, other=0.0).to(tl.float32)
+    second = tl.load(second_ptr + row * second_stride + channels, mask=is_there, other=0.0).to(tl.float32)
+    if IS_SWIGLU:
+        y = (first * sigmoid(first, FAST)).to(dtype).to(tl.float32) * second
+    else:
+        y = first * sigmoid(second, FAST).to(dtype).to(tl.float32)
+    tl.store(y_ptr + row * num_channels + channels, y.to(dtype), mask=is_there)
 
 
-def sigmoid_gate_triton(x: Tensor, gate: Tensor) -> Tensor:
-    """Launch the kernel; rows may lie apart, the result is contiguous.
+def gated_rows_triton(first: Tensor, second: Tensor, is_swiglu: bool) -> Tensor:
+    """Launch the kernel for `sigmoid_gate_triton` or `kernels.swiglu`; rows may lie apart, the result is contiguous.
 
     Raises: ValueError for different shapes or dtypes; BackendError for channels that lie apart.
     """
-    if x.shape != gate.shape or x.dtype != gate.dtype:
-        raise ValueError(f"sigmoid gate: x {tuple(x.shape)} {x.dtype}, gate {tuple(gate.shape)} {gate.dtype}")
-    rows, gates = rows_of(x), rows_of(gate)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block = min(BLOCK_CHANNELS, triton.next_power_of_2(x.shape[-1]))
+    if first.shape != second.shape or first.dtype != second.dtype:
+        names = "SwiGLU: gate {}, up {}" if is_swiglu else "sigmoid gate: x {}, gate {}"
+        raise ValueError(names.format(*(f"{tuple(x.shape)} {x.dtype}" for x in (first, second))))
+    rows, others = rows_of(first), rows_of(second)
+    y = torch.empty(first.shape, dtype=first.dtype, device=first.device)
+    num_channels = first.shape[-1]
+    block = min(BLOCK_CHANNELS, triton.next_power_of_2(num_channels))
     if y.numel():
-        _sigmoid_gate_kernel[(len(rows), triton.cdiv(x.shape[-1], block))](
+        _gated_rows_kernel[(len(rows), triton.cdiv(num_channels, block))](
             rows,
-            gates,
+            others,
             y,
             rows.stride(0),
-            gates.stride(0),
-            x.shape[-1],
+            others.stride(0),
+            num_channels,
+            IS_SWIGLU=is_swiglu,
             BLOCK=block,
             FAST=HAS_INLINE_ASM,
             num_warps=num_warps_for(block),
         )
     return y
+
+
+def sigmoid_gate_triton(x: Tensor, gate: Tensor) -> Tensor:
+    """As `gated_rows_triton`."""
+    return gated_rows_triton(x, gate, is_swiglu=False)
 
 
 def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:

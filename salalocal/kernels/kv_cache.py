@@ -8,7 +8,8 @@ so drafts that were rejected need no undoing.
 Cached in 8 bits, with one scale a token and head, rounded up to bf16 so that no code leaves its range:
     scale = ceil_bf16( max |x| / 127 )        code = round( x / scale )        x ~ code * scale
 A token that holds NaN or infinity gets a scale of NaN. Means are then made of the unquantized keys: those of the last
-tokens are kept in `recent`, a ring.
+tokens are kept in `recent`, a ring. Keys and values with their scales may lie in page-locked host memory, where kernels
+write and read them by their address; everything else is on the card.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from salalocal.errors import BackendError
 from salalocal.kernels.backend import dependent_launch, tl, triton, use_triton
+from salalocal.kernels.block_gather import gather_blocks
 from salalocal.kernels.block_topk.geometry import BlockGeometry
 from salalocal.kernels.pooled_keys import num_pooled, pooled_keys_definition, pooled_keys_reference
 
@@ -66,13 +68,30 @@ class KeyValues:
         )
         return KeyValues(keys, values)
 
+    def gathered(self, blocks: Tensor, block_size: int) -> "KeyValues":
+        """Copies of some blocks of the only sequence, where `blocks` is; see `gather_blocks`."""
+        rows = [self.keys[0], self.values[0]]
+        if self.key_scales is not None and self.value_scales is not None:
+            rows += [self.key_scales[0, ..., None], self.value_scales[0, ..., None]]
+        keys, values, *scales = (gather_blocks(x, blocks, block_size)[None] for x in rows)
+        return KeyValues(keys, values, *(x[..., 0] for x in scales))
+
+    def beside(self, q: Tensor) -> "KeyValues":
+        """All of them where `q` is and in its dtype: these themselves if they are so."""
+        if self.keys.device == q.device:
+            return self.widened(q.dtype)
+        num_tokens, heads = self.keys.shape[1:3]
+        blocks = torch.arange(-(-num_tokens // _TILE_TOKENS), device=q.device).expand(heads, -1)
+        return self.gathered(blocks, _TILE_TOKENS).first(num_tokens).widened(q.dtype)
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class CacheRows:
     """The buffers of one layer and one sequence, with room for more tokens than they hold.
 
     Shapes: keys, values [H, capacity, D] in a float dtype, or int8 with key_scales, value_scales bf16 [H, capacity] and
-    recent [256, H, D], token p at p % 256; k1, k2 [H, room, D]. Of every head the rows are dense.
+    recent [256, H, D], token p at p % 256; k1, k2 [H, room, D]. Of every head the rows are dense. On a card, keys,
+    values and their scales may lie in page-locked host memory.
     """
 
     keys: Tensor
@@ -247,6 +266,8 @@ def _append_kernel(
 def append_tokens_triton(rows: CacheRows, k: Tensor, v: Tensor, position: Tensor, geometry: BlockGeometry) -> None:
     """See `append_tokens`. Raises: ValueError as the reference; BackendError for sizes that are no powers of two."""
     _check(rows, k, v, geometry)
+    if k.is_cuda and not (rows.keys.is_cuda or rows.keys.is_pinned()):
+        raise BackendError("a card cannot write to a cache in pageable memory", "make it with page_locked_empty")
     num_tokens, num_heads, dim = k.shape
     sizes = {"head size": dim, "kernel_size": geometry.kernel_size, "kernel_stride": geometry.kernel_stride}
     for name, size in sizes.items():
@@ -270,7 +291,7 @@ def append_tokens(rows: CacheRows, k: Tensor, v: Tensor, position: Tensor, geome
     The ring of an 8-bit cache stays right when the last call is repeated from a position inside it, if it had up to
     128 tokens. Raises: ValueError for shapes or dtypes that do not fit.
     """
-    append = append_tokens_triton if use_triton(rows.keys, k, v) else append_tokens_reference
+    append = append_tokens_triton if use_triton(rows.k1, k, v) else append_tokens_reference
     append(rows, k, v, position, geometry)
 
 

@@ -145,6 +145,14 @@ def _turned_token(
 
 
 @triton.jit
+def _state_of(state_ptr, head, values, HALF: tl.constexpr, VALUE_DIM: tl.constexpr):
+    """These value channels of a head's state: where the first half of its key channels lies, and both halves."""
+    halves = tl.arange(0, HALF)
+    at = state_ptr + head * (2 * HALF * VALUE_DIM) + halves[:, None] * VALUE_DIM + values[None, :]
+    return at, tl.load(at), tl.load(at + HALF * VALUE_DIM)
+
+
+@triton.jit
 def _advanced(state1, state2, decay, k1, k2, v):
     """Both halves of a state, one token on."""
     state1 = tl.fma(state1, decay, k1[:, None] * v[None, :])
@@ -240,9 +248,7 @@ def _speculative_step_kernel(
     halves = tl.arange(0, HALF)
     count = tl.minimum(tl.load(count_ptr), STEPS)
     parity = tl.load(parity_ptr)
-    state_at = state_ptr + head * (2 * HALF * VALUE_DIM) + halves[:, None] * VALUE_DIM + values[None, :]
-    state1 = tl.load(state_at)
-    state2 = tl.load(state_at + HALF * VALUE_DIM)
+    state_at, state1, state2 = _state_of(state_ptr, head, values, HALF, VALUE_DIM)
     decay = tl.load(decays_ptr + head)
     position = tl.load(position_ptr)
     frequencies = tl.load(frequencies_ptr + halves)
@@ -326,9 +332,7 @@ def _commit_pending_kernel(
     halves = tl.arange(0, HALF)
     count = tl.minimum(tl.load(count_ptr), STEPS)
     parity = tl.load(parity_ptr)
-    state_at = state_ptr + head * (2 * HALF * VALUE_DIM) + halves[:, None] * VALUE_DIM + values[None, :]
-    state1 = tl.load(state_at)
-    state2 = tl.load(state_at + HALF * VALUE_DIM)
+    state_at, state1, state2 = _state_of(state_ptr, head, values, HALF, VALUE_DIM)
     decay = tl.load(decays_ptr + head)
     keys_at = keys_ptr + parity * (STEPS * keys) + head * (2 * HALF) + halves
     values_at = values_ptr + parity * (STEPS * channels) + head * VALUE_DIM + values

@@ -18,7 +18,7 @@ def rotary_definition(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     half = x.shape[-1] // 2
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     out = torch.full_like(wide, torch.nan)
-    frequencies = _frequencies(wide, theta)
+    frequencies = _frequencies(x.shape[-1], theta, wide.dtype, x.device)
     for i in range(half):
         phi = (positions.to(wide.dtype) * frequencies[i])[:, None]
         first, second = wide[..., i], wide[..., i + half]
@@ -28,20 +28,24 @@ def rotary_definition(x: Tensor, positions: Tensor, theta: float) -> Tensor:
 
 
 def rotary_reference(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """All pairs at once: what a CPU runs."""
+    """All pairs at once: what a CPU runs, by way of its two halves, whose tables all layers share."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    phi = positions.to(wide.dtype)[:, None, None] * _frequencies(wide, theta)  # [T, 1, D/2]
-    cos, sin = torch.cos(phi), torch.sin(phi)
-    first, second = wide.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return rotated(wide, *rotary_tables(positions, x.shape[-1], theta, wide.dtype)).to(x.dtype)
 
 
-def rotary(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """What the model calls."""
-    return rotary_reference(x, positions, theta)
+def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles. Shapes: positions [T] -> [T, 1, D/2] each, in `dtype`."""
+    phi = positions.to(dtype)[:, None, None] * _frequencies(head_dim, theta, dtype, positions.device)
+    return torch.cos(phi), torch.sin(phi)
 
 
-def _frequencies(x: Tensor, theta: float) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rotation by given tables, in their dtype or a wider one. Shapes: x [B, T, H, D]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _frequencies(head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     # The steps of the released code, in its order, so that every frequency is the same fp32 number.
-    exponents = torch.arange(0, x.shape[-1], 2, device=x.device).to(x.dtype) / x.shape[-1]
+    exponents = torch.arange(0, head_dim, 2, device=device).to(dtype) / head_dim
     return 1.0 / (theta**exponents)

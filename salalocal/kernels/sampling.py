@@ -12,7 +12,7 @@ All in float64. Temperature 0 is greedy: the first of the largest. With the same
 token but where a sum comes within rounding of a limit: it adds up the same numbers in another order.
     greedy_tokens   temperature 0, one launch
     draw_tokens     without top_k and top_p, which alone need an order: two launches
-    sample_tokens   any settings: three launches and a sort by torch
+    sample_tokens   any settings: three launches, and a sort by torch or, for a small top_k, `kernels.top_k`
 Settings and random numbers lie on the device, so that one captured step serves every answer. A logit that is NaN or
 infinite sets a flag there; the tokens are then ids of the vocabulary without meaning.
 Shapes: logits fp32 [R, V], ids int64 [R].
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from salalocal.kernels.backend import tl, triton, use_triton
 from salalocal.kernels.int4.gemv.epilogue import ordered_key
+from salalocal.kernels.top_k import MAX_TOP_K, top_k_triton
 
 BLOCK_ENTRIES = 1024
 NUM_WARPS = 4
@@ -315,11 +316,15 @@ def draw_tokens_triton(logits: Tensor, sampling: SamplingTensors) -> Tensor:
     return _draw(logits, greedy_tokens_triton(logits, sampling), None, sampling)
 
 
-def sample_tokens_triton(logits: Tensor, sampling: SamplingTensors) -> Tensor:
-    """The same behind a sort by torch and a search for where top_k and top_p end. Raises: as `greedy_tokens_triton`."""
+def sample_tokens_triton(logits: Tensor, sampling: SamplingTensors, most: int = 0) -> Tensor:
+    """The same behind a search for where top_k and top_p end. Raises: as `greedy_tokens_triton`."""
     best = greedy_tokens_triton(logits, sampling)
     num_rows, num_entries = logits.shape
-    ranked, ids = torch.sort(logits, dim=1, descending=True, stable=True)
+    if 0 < most <= min(MAX_TOP_K, num_entries):
+        ranked, ids = (x.contiguous() for x in top_k_triton(logits, most))
+        num_entries = most
+    else:
+        ranked, ids = torch.sort(logits, dim=1, descending=True, stable=True)
     slices = triton.cdiv(num_entries, BLOCK_ENTRIES)
     cuts = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     _cut_kernel[slices, num_rows](
@@ -381,8 +386,11 @@ def greedy_tokens(logits: Tensor, sampling: SamplingTensors) -> Tensor:
     return greedy_tokens_reference(logits, sampling)
 
 
-def sample_tokens(logits: Tensor, sampling: SamplingTensors) -> Tensor:
-    """For any answer. Shapes: logits fp32 [R, V] -> int64 [R]."""
+def sample_tokens(logits: Tensor, sampling: SamplingTensors, most: int = 0) -> Tensor:
+    """For any answer. `most`: what `sampling.top_k` is, where the host knows; else 0. Shapes: fp32 [R, V] -> int64 [R].
+
+    A small one spares a card the sort, and changes no token.
+    """
     if use_triton(logits):
-        return sample_tokens_triton(logits, sampling)
+        return sample_tokens_triton(logits, sampling, most)
     return sample_tokens_reference(logits, sampling)

@@ -114,14 +114,16 @@ class SalaModel(nn.Module):
         switch: SwitchRule = SwitchRule.POSITION,
         prompt_tokens: int | None = None,
         is_int8: bool = False,
+        is_kv_on_host: bool = False,
     ) -> ModelState:
         """An empty state for sequences of one common length.
 
         Units: capacity in tokens, the room made at once (it grows by itself past it); prompt_tokens is needed by
-        `SwitchRule.PROMPT` alone. `is_int8`: keys and values in 8 bits, for one sequence. Raises: ValueError.
+        `SwitchRule.PROMPT` alone. `is_int8`: keys and values in 8 bits; `is_kv_on_host`: in host memory, for the
+        kernels of a card. Either is for one sequence. Raises: ValueError; MemoryBudgetError for host memory.
         """
-        if is_int8 and batch_size != 1:
-            raise ValueError(f"keys and values in 8 bits are for one sequence, not for {batch_size}")
+        if (is_int8 or is_kv_on_host) and batch_size != 1:
+            raise ValueError(f"keys and values in 8 bits or in host memory are for one sequence, not for {batch_size}")
         sparse_from = switch.sparse_from(self.config.sparse.dense_len, prompt_tokens)
         spec = StateSpec(
             batch_size=batch_size,
@@ -130,6 +132,7 @@ class SalaModel(nn.Module):
             device=self.device,
             dtype=self.dtype,
             is_int8=is_int8,
+            is_kv_on_host=is_kv_on_host,
         )
         layers = tuple(block.self_attn.new_state(spec) for block in self._blocks())
         return ModelState(layers, num_tokens=0, sparse_from=sparse_from, config_digest=self._config_digest)

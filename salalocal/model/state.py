@@ -21,6 +21,7 @@ from torch import Tensor
 
 from salalocal.durable import sync_folder
 from salalocal.errors import StateError
+from salalocal.kernels.host_memory import page_locked_empty, wait_for_card
 
 _ROWS_AT_A_TIME = 64
 _FORMAT = "salalocal-state-1"
@@ -33,7 +34,8 @@ class StateSpec:
     """What a mixer must know to make an empty state.
 
     Units: capacity in tokens, room made at once (a state grows by itself past it); rows p >= sparse_from are sparse.
-    `is_int8`: keys and values are cached in 8 bits, in batches of one sequence.
+    `is_int8`: keys and values are cached in 8 bits, in batches of one sequence. `is_kv_on_host`: they lie in
+    page-locked host memory, where kernels of a card reach them; what is pooled stays on the card.
     """
 
     batch_size: int
@@ -42,6 +44,7 @@ class StateSpec:
     device: torch.device
     dtype: torch.dtype
     is_int8: bool = False
+    is_kv_on_host: bool = False
 
 
 class LayerState(Protocol):
@@ -92,9 +95,11 @@ class GrowingRows:
     of the same buffer copies its rows out first. Rows once appended are never written again.
     """
 
-    def __init__(self, spec: StateSpec, num_heads: int, head_dim: int, capacity: int | None = None) -> None:
+    def __init__(
+        self, spec: StateSpec, num_heads: int, head_dim: int, capacity: int | None = None, is_on_host: bool = False
+    ) -> None:
         self._shape = (spec.batch_size, num_heads, head_dim)
-        self._device, self._dtype = spec.device, spec.dtype
+        self._device, self._dtype, self._is_on_host = spec.device, spec.dtype, is_on_host
         self._num_rows = 0
         self._num_claimed = 0
         self._buffer = _Buffer(self._allocate(spec.capacity if capacity is None else capacity))
@@ -128,6 +133,8 @@ class GrowingRows:
         if end <= capacity and not behind:
             return
         grown = self._allocate(capacity if end <= capacity else max(end, capacity + capacity // 8))
+        if self._is_on_host:
+            wait_for_card()
         grown[:, :, : self._num_rows] = self._buffer.rows[:, :, : self._num_rows]
         # A holder that is ahead keeps the old buffer; otherwise everyone moves, so that nothing keeps it alive.
         moving = [self] if behind else list(self._buffer.holders)
@@ -174,6 +181,7 @@ class GrowingRows:
         """Another cache with the same rows, at no cost until both append."""
         other = object.__new__(GrowingRows)
         other._shape, other._device, other._dtype = self._shape, self._device, self._dtype
+        other._is_on_host = self._is_on_host
         other._num_rows, other._num_claimed = self._num_rows, 0
         other._buffer = self._buffer
         self._buffer.holders.add(other)
@@ -199,6 +207,8 @@ class GrowingRows:
         batch, heads, dim = self._shape
         # Made inside inference mode, a buffer could not be written to outside of it.
         with torch.inference_mode(False):
+            if self._is_on_host:
+                return page_locked_empty((batch, heads, rounded, dim), self._dtype)
             return torch.empty(batch, heads, rounded, dim, device=self._device, dtype=self._dtype)
 
     def _move_to(self, buffer: _Buffer) -> None:
@@ -208,15 +218,17 @@ class GrowingRows:
 
 
 class KVCache:
-    """Keys and values of one attention layer; in 8 bits, with a scale a token and head, a kernel appends them."""
+    """Keys and values of one attention layer; in 8 bits, with a scale a token and head, or in host memory, a kernel
+    appends them."""
 
     def __init__(self, spec: StateSpec, num_heads: int, head_dim: int) -> None:
+        def rows(dtype: torch.dtype, dim: int) -> GrowingRows:
+            return GrowingRows(replace(spec, dtype=dtype), num_heads, dim, is_on_host=spec.is_kv_on_host)
+
+        dtype = torch.int8 if spec.is_int8 else spec.dtype
+        self._parts = {name: rows(dtype, head_dim) for name in ("k", "v")}
         if spec.is_int8:
-            codes, scales = replace(spec, dtype=torch.int8), replace(spec, dtype=torch.bfloat16)
-            self._parts = {name: GrowingRows(codes, num_heads, head_dim) for name in ("k", "v")}
-            self._parts |= {name: GrowingRows(scales, num_heads, 1) for name in ("k_scales", "v_scales")}
-        else:
-            self._parts = {name: GrowingRows(spec, num_heads, head_dim) for name in ("k", "v")}
+            self._parts |= {name: rows(torch.bfloat16, 1) for name in ("k_scales", "v_scales")}
 
     @property
     def num_tokens(self) -> int:
@@ -343,6 +355,7 @@ class ModelState:
         half way; an older file of that name is then untouched.
         """
         self.check_whole()
+        wait_for_card()  # what it has written to host memory is read by the CPU
         tensors = {
             f"layers.{number}.{name}": tensor.detach().to("cpu").contiguous()
             for number, layer in enumerate(self.layers)

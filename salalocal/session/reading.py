@@ -77,12 +77,18 @@ class Read:
 
 
 def read_prompt(
-    engine: Engine, prompt: Prompt, store: PrefixStore, is_cancelled: Callable[[], bool], room: int
+    engine: Engine,
+    prompt: Prompt,
+    store: PrefixStore,
+    is_cancelled: Callable[[], bool],
+    room: int,
+    after_documents: Callable[[ModelState], None] | None = None,
 ) -> Generator[ReadProgress, None, Read]:
     """Read a prompt from the longest saved state on, saving states on the way.
 
     Units: room in tokens, what is expected behind the prompt; a new state is made large enough for both, so that it
-    takes the memory that was planned and is never copied while it is read.
+    takes the memory that was planned and is never copied while it is read. `after_documents` is shown the state when it
+    holds all documents and nothing behind them.
 
     A cancelled read (or one no longer iterated) loses nothing: it ends in a paused event, the state of the last whole
     chunk is saved, and the next read goes on from there.
@@ -93,6 +99,8 @@ def read_prompt(
         state = engine.new_state(len(prompt.ids) + room) if point is None else point.state.fork()
     logits = None if point is None else point.logits
     cached = position = 0 if point is None else point.num_tokens
+    if after_documents is not None and 0 < position == prompt.documents_end:
+        after_documents(state)
     saves = [save for save in prompt.save_positions(engine.config.chunk_size) if save > position]
     is_saved = is_paused = False
     while position < len(prompt.ids) and not is_paused:
@@ -103,6 +111,8 @@ def read_prompt(
         is_saved = end in saves or end == len(prompt.ids)
         if is_saved:
             store.put(_save_point(prompt, end, state.fork(), logits))
+        if after_documents is not None and end == prompt.documents_end:
+            after_documents(state)
         is_paused = is_cancelled() and position < len(prompt.ids)
         if is_paused and not is_saved:
             store.put(_save_point(prompt, position, state, logits))

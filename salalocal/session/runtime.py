@@ -20,8 +20,10 @@ from salalocal.engine.budget import (
     StoredWeights,
     WeightFormat,
     check_fits,
+    check_lockable,
     fitted,
     plan_memory,
+    why_no_kernels,
 )
 from salalocal.engine.engine import Engine, EngineConfig
 from salalocal.engine.load import Placement, default_dtype, load_model, weight_bytes
@@ -37,7 +39,7 @@ from salalocal.prompt.tokenizer import Tokenizer
 from salalocal.quant.linear import DEFAULT_MATH
 from salalocal.session.generation import Generation
 from salalocal.session.memory import naming_memory_errors
-from salalocal.session.plan import PlanRequest, make_plan
+from salalocal.session.plan import PlanRequest, lockable_bytes, make_plan, placed
 from salalocal.session.session import Session, SessionOptions, one_or_more
 from salalocal.session.tokens import BUILTIN_MAX_TOKENS, TextCodec, answer_room, default_max_tokens
 from salalocal.settings import Settings
@@ -69,7 +71,8 @@ class Runtime:
         """Where and how it runs, in words."""
         config, model = self.engine.config, self.engine.model
         cache = "int8" if config.is_cache_int8 else str(model.dtype).removeprefix("torch.")
-        words = [f"{config.chunk_size:,} tokens at a time", f"keys and values in {cache}"]
+        place = ", in host memory" if config.is_kv_on_host else ""
+        words = [f"{config.chunk_size:,} tokens at a time", f"keys and values in {cache}{place}"]
         if model.model.embed_tokens.weight.device.type != model.device.type:
             words.append("embedding table in host memory")
         return f"runs on {model.device}: {', '.join(words)}"
@@ -159,7 +162,8 @@ class LoadOptions:
 
     None lets salalocal choose: a CUDA device if there is one; the checkpoint's dtype, or float32 for a small model on
     a CPU; the largest chunk that fits; int8 for products of many rows with int4 weights on a card; a cache as exact as
-    the dtype.
+    the dtype, with keys and values on the card; guesses of what an answer copies from the text, see `prompt_lookup`,
+    on a card that holds keys and values.
     """
 
     device: str | None = None
@@ -168,11 +172,15 @@ class LoadOptions:
     num_tokens: int = 0
     math: str | None = None
     kv_cache: str | None = None
+    kv_place: str | None = None
+    guess: bool | None = None
 
     @classmethod
     def of(cls, settings: Settings, num_tokens: int) -> "LoadOptions":
         """What the settings say."""
-        return cls(settings.device, settings.dtype, settings.chunk_size, num_tokens, settings.math, settings.kv_cache)
+        cache = (settings.kv_cache, settings.kv_place)
+        engine = (settings.chunk_size, num_tokens, settings.math)
+        return cls(settings.device, settings.dtype, *engine, *cache, settings.guess)
 
 
 def load(model: str | Path = BUILTIN, *, device: str | None = None, dtype: str | torch.dtype | None = None) -> Runtime:
@@ -204,7 +212,7 @@ def open_runtime(place: Path | ModelFolder, name: str, options: LoadOptions, cod
     with naming_memory_errors("loading the weights"):
         placement = Placement(plan_options.math, plan_options.is_embedding_on_host)
         model = load_model(checkpoint, device, dtype, placement)
-        engine = Engine(model, EngineConfig(plan_options.chunk_size, plan_options.cache is CacheFormat.INT8))
+        engine = Engine(model, engine_config(plan_options, options.guess))
     return Runtime(name, checkpoint.config, codec, engine)
 
 
@@ -216,19 +224,32 @@ def _plan(
     weights, cache = _FORMATS[dtype]
     if options.kv_cache is not None:
         cache = cache_named(options.kv_cache, cache)
-    has_kernels = HAS_TRITON and dtype == torch.bfloat16
+    has_kernels = HAS_TRITON and dtype == torch.bfloat16 and not why_no_kernels(config)
     plan_options = PlanOptions(weights, cache, is_cuda=is_cuda, math=math_named(options.math), has_kernels=has_kernels)
     record = config.quantization_config
     if record is not None:
         stored = StoredWeights(WeightFormat.of_record(record), weight_bytes(checkpoint, device, dtype))
         plan_options = replace(plan_options, weights=stored.weights, stored=stored)
+    plan_options = placed(config, plan_options, options.kv_place)
     free = device_memory(device).free_bytes + (CUDA_DRIVER_BYTES if is_cuda else 0)  # the context is there already
     plan_options = fitted(config, options.num_tokens, free, plan_options, options.chunk_size)
     plan = plan_memory(config, options.num_tokens, plan_options)
-    if plan.total_bytes > free:
-        report = make_plan(config, PlanRequest(name, max(1, options.num_tokens), free, plan_options))
-        check_fits(plan, free, name, report.alternatives)
+    request = PlanRequest(name, max(1, options.num_tokens), free, plan_options, lockable_bytes() if is_cuda else None)
+    if not request.holds(plan):
+        alternatives = make_plan(config, request).alternatives
+        check_fits(plan, free, name, alternatives)
+        check_lockable(plan, request.host_bytes or 0, alternatives)
     return plan_options
+
+
+def engine_config(options: PlanOptions, guess: bool | None) -> EngineConfig:
+    """How a planned model is run.
+
+    Checking guesses reads the picks of several rows, which host memory is too far away for: nobody's wish means none.
+    """
+    is_guessing = not options.is_kv_on_host if guess is None else guess
+    is_int8 = options.cache is CacheFormat.INT8
+    return EngineConfig(options.chunk_size, is_int8, is_guessing, options.is_kv_on_host)
 
 
 def math_named(name: str | None) -> Math:

@@ -4,24 +4,38 @@ A model state is never trimmed. It is saved behind the documents, behind each qu
 changes (undo, retry, add, drop), reading goes on from the longest saved state that is a prefix of the new prompt.
 """
 
+import inspect
 import threading
 import time
+import weakref
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from salalocal.device import peak_memory_bytes
+from salalocal.engine.picks import AnswerPicks, Picks, first_picking
 from salalocal.engine.sampling_params import SamplingParams
 from salalocal.errors import PackError, RequestError
+from salalocal.model.mixers.sparse import block_geometry
+from salalocal.model.state import ModelState
 from salalocal.prompt.pack import PromptPack
 from salalocal.prompt.sources import Reading, read_sources
 from salalocal.prompt.template import Conversation
 from salalocal.prompt.template import Turn as PromptTurn
 from salalocal.prompt.text_stream import TextStream
+from salalocal.session.attribution import (
+    NEUTRAL_QUESTIONS,
+    NEUTRAL_TOKENS,
+    AnswerSources,
+    DocumentPlaces,
+    find_sources,
+    ids_behind_documents,
+)
 from salalocal.session.events import Event, Finish, ReadProgress, ThinkingDelta, Usage
-from salalocal.session.generation import Generation
-from salalocal.session.prefix import PrefixStore, SavePoint, token_bytes
+from salalocal.session.generation import Generation, ids_of_text
+from salalocal.session.prefix import BYTES_PER_TOKEN, PrefixStore, SavePoint, token_bytes
 from salalocal.session.reading import Prompt, Read, read_prompt
 from salalocal.session.thinking import route, split_thinking
 from salalocal.session.tokens import QUESTION_TOKENS, ContextOverflow, TokenReport, answer_room, report_tokens
@@ -30,6 +44,9 @@ if TYPE_CHECKING:
     from salalocal.session.runtime import Runtime
 
 SAVE_BYTES = 512 * 2**20
+NUM_SOURCES = 10
+
+_Event = TypeVar("_Event")
 
 
 def one_or_more(paths: Sequence[str | Path] | str | Path) -> Sequence[str | Path]:
@@ -75,6 +92,9 @@ class Session:
         point_bytes = max(1, runtime.engine.new_state().nbytes)
         self._store = PrefixStore(options.save_bytes // point_bytes)
         self._cancelled = threading.Event()
+        self._running: weakref.ref[Generator[Any, None, None]] | None = None
+        self._picked: tuple[Turn, AnswerPicks] | None = None
+        self._usual: tuple[bytes, Picks] | None = None
         self._check(self._render(()))  # a pack that does not fit is refused before anything is read
 
     @property
@@ -101,8 +121,9 @@ class Session:
         If cancelled, the last event says `is_paused`; nothing is lost, the next read or question goes on from there.
         Raises: NumericError, MemoryBudgetError.
         """
+        self._end_running()
         self._cancelled.clear()
-        return self._read_documents()
+        return self._started(self._read_documents())
 
     def ask(
         self, question: str, sampling: SamplingParams | None = None, stop: Sequence[str] | None = None
@@ -113,6 +134,30 @@ class Session:
         while answering (or no longer iterated), the part that was said is the answer. An error takes the turn back.
         Raises: RequestError, ContextError, NumericError, MemoryBudgetError.
         """
+        self._end_running()
+        return self._started(self._asking(question, sampling, stop))
+
+    def sources(self, limit: int = NUM_SOURCES) -> AnswerSources:
+        """The lines of the documents that the last answer was read from, as far as what was picked tells.
+
+        Units: limit in blocks of lines. Raises: RequestError where there is no answer, or nothing is known about it.
+        """
+        self._end_running()
+        if not self._turns or self._pack is None:
+            raise RequestError(
+                "there is no answer about documents yet", "ask something" if self._pack else "/add reads some"
+            )
+        if self._picked is None or self._picked[0] is not self._turns[-1]:
+            raise RequestError("what the last answer was read from is not known any more", "ask again, or /retry")
+        prompt, config = self._render(()), self._runtime.config
+        is_known = self._usual is not None and self._usual[0] == prompt.tokens
+        usual = self._usual[1] if self._usual is not None and is_known else Picks.none(config)
+        places = DocumentPlaces(prompt.segments, self._pack, self._runtime.tokenizer)
+        return find_sources(self._picked[1], usual, block_geometry(config.sparse), places, limit)
+
+    def _asking(
+        self, question: str, sampling: SamplingParams | None, stop: Sequence[str] | None
+    ) -> Generator[Event, None, None]:
         if not question.strip():
             raise RequestError("the question is empty", "write a question")
         prompt = self._render((*self._prompt_turns(), PromptTurn(question)))
@@ -123,22 +168,26 @@ class Session:
         if room is not None and sampling.max_tokens > room:
             sampling = replace(sampling, max_tokens=room)
         self._cancelled.clear()
-        return self._ask(question, prompt, sampling, tuple(self._options.stop if stop is None else stop))
+        stop = self._options.stop if stop is None else stop
+        return self._ask(question, prompt, sampling, tuple(stop), (self._pack, self.turns))
 
     def undo(self) -> Turn:
         """Take back the last turn. Raises: RequestError if there is none."""
+        self._end_running()
         if not self._turns:
             raise RequestError("there is no turn to take back", "ask something first")
         return self._turns.pop()
 
     def retry(self, sampling: SamplingParams | None = None) -> Iterator[Event]:
         """Answer the last question again; the old answer comes back if that fails. Raises: as `ask`."""
+        self._end_running()
         if not self._turns:
             raise RequestError("there is no question to answer again", "ask something first")
-        return self._retry(sampling)
+        return self._started(self._retry(sampling))
 
     def set_pack(self, pack: PromptPack | None) -> None:
         """Go on about other documents, with the same turns. Raises: ContextError; then nothing changes."""
+        self._end_running()
         before, self._pack = self._pack, pack
         try:
             prompt = self._render(self._prompt_turns())
@@ -146,6 +195,7 @@ class Session:
         except BaseException:
             self._pack = before
             raise
+        self._picked = None
         # Now, not at the next question: a state that lies ahead of the one to go on from would make it copy its rows.
         self._store.keep_prefixes_of(prompt.tokens)
 
@@ -186,18 +236,58 @@ class Session:
         prompt = self._render(())
         if prompt.documents:
             room = QUESTION_TOKENS + answer_room(self.sampling.max_tokens)
-            yield from read_prompt(self._runtime.engine, prompt, self._store, self._cancelled.is_set, room)
+            yield from self._reading(prompt, room)
+
+    def _reading(self, prompt: Prompt, room: int) -> Generator[ReadProgress, None, Read]:
+        return read_prompt(
+            self._runtime.engine,
+            prompt,
+            self._store,
+            self._cancelled.is_set,
+            max(room, NEUTRAL_TOKENS),
+            partial(self._note_usual_picks, prompt.tokens[: prompt.documents_end * BYTES_PER_TOKEN]),
+        )
+
+    def _note_usual_picks(self, documents: bytes, state: ModelState) -> None:
+        """What neutral questions pick, asked behind the documents that `state` holds, the tokens `documents`."""
+        if self._usual is not None and self._usual[0] == documents:
+            return
+        runtime, picks = self._runtime, Picks.none(self._runtime.config)
+        for question in NEUTRAL_QUESTIONS:
+            conversation = Conversation(self._options.system, self._pack, (PromptTurn(question),))
+            ids = ids_behind_documents(runtime.codec.template.render(conversation))
+            is_picking = state.num_tokens + len(ids) > first_picking(runtime.config, state)
+            if is_picking and len(ids) <= NEUTRAL_TOKENS:
+                picks += runtime.engine.next_picks(ids, state)
+        self._usual = documents, picks
+
+    def _started(self, events: "Generator[_Event, None, None]") -> "Generator[_Event, None, None]":
+        """Note who works on the states now."""
+        self._running = weakref.ref(events)
+        return events
+
+    def _end_running(self) -> None:
+        """End a read or an answer that nobody iterates any more, before anything else is done."""
+        events = self._running() if self._running is not None else None
+        self._running = None
+        if events is not None and inspect.getgeneratorstate(events) == inspect.GEN_SUSPENDED:
+            events.close()
 
     def _ask(
-        self, question: str, prompt: Prompt, sampling: SamplingParams, stop: tuple[str, ...]
+        self,
+        question: str,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        stop: tuple[str, ...],
+        before: tuple[PromptPack | None, tuple[Turn, ...]],
     ) -> Generator[Event, None, None]:
+        if before != (self._pack, self.turns):
+            raise RequestError("the conversation went on before this question was begun", "ask it again")
         runtime = self._runtime
         stream = TextStream(runtime.tokenizer, stop)
         self._store.keep_prefixes_of(prompt.tokens)
         is_cancelled = self._cancelled.is_set
-        read = yield from read_prompt(
-            runtime.engine, prompt, self._store, is_cancelled, answer_room(sampling.max_tokens)
-        )
+        read = yield from self._reading(prompt, answer_room(sampling.max_tokens))
         if not read.is_whole or read.logits is None:
             yield Finish("cancelled", self._usage(read))
             return
@@ -219,20 +309,24 @@ class Session:
 
     def _keep(self, question: str, prompt: Prompt, read: Read, generation: Generation) -> None:
         """Make a turn that has ended part of the conversation, and save the state behind it."""
-        ids = tuple(generation.token_ids)
-        if generation.finish is None or (generation.finish == "cancelled" and not ids):
+        drawn = generation.token_ids
+        if generation.finish is None or (generation.finish == "cancelled" and not drawn):
             return
         thinking, answer = split_thinking(generation.text)
-        self._turns.append(Turn(question, answer, thinking, ids, generation.finish))
+        ids = ids_of_text(drawn, generation.text, self._runtime.tokenizer) if generation.is_cut else drawn
+        turn = Turn(question, answer, thinking, tuple(ids), generation.finish)
+        self._turns.append(turn)
         read.state.settle()
-        held = ids[: read.state.num_tokens - len(prompt.ids)]
-        self._store.put(SavePoint(prompt.tokens + token_bytes(held), read.state, None, is_pinned=False))
+        self._picked = turn, generation.picks
+        held = drawn[: read.state.num_tokens - len(prompt.ids)]
+        if ids[: len(held)] == held:  # else the state holds the stop string, which is no part of the turn
+            self._store.put(SavePoint(prompt.tokens + token_bytes(held), read.state, None, is_pinned=False))
 
     def _retry(self, sampling: SamplingParams | None) -> Generator[Event, None, None]:
         turn = self._turns.pop()
         num_turns = len(self._turns)
         try:
-            yield from self.ask(turn.question, sampling)
+            yield from self._asking(turn.question, sampling, None)
         finally:
             if len(self._turns) == num_turns:
                 self._turns.append(turn)

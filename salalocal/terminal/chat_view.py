@@ -8,6 +8,7 @@ from rich.text import Text
 
 from salalocal.errors import SalaLocalError
 from salalocal.prompt.visible import visible
+from salalocal.session.attribution import AnswerSources
 from salalocal.session.events import Event, Finish, ReadProgress, TextDelta, ThinkingDelta, Usage
 from salalocal.session.tokens import TokenReport
 from salalocal.terminal.console import Terminal
@@ -16,6 +17,7 @@ from salalocal.terminal.keyboard import EchoSwitch
 from salalocal.terminal.markdown import MarkdownStream
 from salalocal.terminal.progress import ReadView
 from salalocal.terminal.question_input import QuestionInput
+from salalocal.terminal.source_view import show_sources
 from salalocal.terminal.tables import size, token_lines
 
 ENDINGS = {
@@ -139,6 +141,11 @@ class TerminalChatView(AnswerView):
         self.end_drawing()
         for line in token_lines(report):
             self._terminal.err.print(Text(visible(line)), soft_wrap=True)
+
+    def show_sources(self, sources: AnswerSources) -> None:
+        """Show the lines that an answer was read from."""
+        self.end_drawing()
+        show_sources(self._terminal, sources)
 
     def show_table(self, rows: Sequence[tuple[str, str]]) -> None:
         """Show names with their explanations."""

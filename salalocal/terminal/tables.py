@@ -112,22 +112,29 @@ def answers_json(answers: Sequence["Answer"], is_list: bool) -> dict[str, Any]:
 
 def _answer_json(answer: "Answer") -> dict[str, Any]:
     usage = {**asdict(answer.finish.usage), "new_tokens": answer.finish.usage.new_tokens}
-    return {"question": answer.question, "answer": answer.text, "reason": answer.finish.reason, "usage": usage}
+    sources = [asdict(source) for source in answer.sources]
+    answered = {"question": answer.question, "answer": answer.text, "reason": answer.finish.reason}
+    return {**answered, "usage": usage, "sources": sources}
 
 
 def plan_lines(report: PlanReport) -> Iterator[str]:
     """The memory table: one line per context length, GiB by part, and whether it fits."""
     request = report.request
+    is_on_host = request.options.is_kv_on_host
     yield (
-        f"{request.model}: weights {request.options.weights.value}, cache {request.options.cache.value}, "
-        f"{request.memory_bytes / GIB:.2f} GiB of memory"
+        f"{request.model}: weights {request.options.weights.value}, cache {request.options.cache.value}"
+        f"{' in host memory' if is_on_host else ''}, {request.memory_bytes / GIB:.2f} GiB of memory"
     )
     yield ""
-    yield f"{'context':>9} {'weights':>8} {'cache':>7} {'states':>7} {'work':>6} {'total':>7}  GiB"
+    yield (
+        f"{'context':>9} {'weights':>8} {'cache':>7} {'states':>7} {'work':>6} {'total':>7}  GiB"
+        f"{'   on host' if is_on_host else ''}"
+    )
     for plan in report.plans:
-        verdict = "fits" if plan.total_bytes <= request.memory_bytes else "too large"
+        verdict = "fits" if request.holds(plan) else "too large"
         mark = "*" if plan.num_tokens == request.ctx else " "
-        yield f"{short_tokens(plan.num_tokens):>8}{mark} {_plan_figures(plan)}  {verdict}"
+        host = f"{plan.host_bytes / GIB:>{13 - len(verdict)}.2f}" if is_on_host else ""
+        yield f"{short_tokens(plan.num_tokens):>8}{mark} {_plan_figures(plan)}  {verdict}{host}"
     yield ""
     if request.ctx is not None:
         yield f"* asked: {request.ctx:,} tokens"
@@ -136,7 +143,8 @@ def plan_lines(report: PlanReport) -> Iterator[str]:
 
 def _plan_figures(plan: MemoryPlan) -> str:
     work = plan.total_bytes - plan.weight_bytes - plan.state_bytes
-    parts = ((plan.weight_bytes, 8), (plan.cache_bytes, 7), (plan.lightning_bytes, 7), (work, 6), (plan.total_bytes, 7))
+    states = plan.state_bytes - plan.cache_bytes
+    parts = ((plan.weight_bytes, 8), (plan.cache_bytes, 7), (states, 7), (work, 6), (plan.total_bytes, 7))
     return " ".join(f"{part / GIB:>{width}.2f}" for part, width in parts)
 
 
@@ -154,10 +162,13 @@ def plan_refusal(report: PlanReport) -> str:
     request = report.request
     what = f"a context of {request.ctx:,} tokens" if request.ctx else "no context of any length"
     tokens = request.ctx or 1
-    needed = next((plan.total_bytes for plan in report.plans if plan.num_tokens >= tokens), 0)
+    plan = next((plan for plan in report.plans if plan.num_tokens >= tokens), None)
+    needed, memory = (plan.total_bytes if plan else 0), f"{request.memory_bytes / GIB:.2f} GiB"
+    if plan is not None and request.host_bytes is not None and needed <= request.memory_bytes:
+        needed, memory = plan.host_bytes, f"{request.host_bytes / GIB:.2f} GiB of host memory that may be locked"
     verb = "does not fit" if request.ctx else "fits"
     return (
-        f"{what} {verb} in {request.memory_bytes / GIB:.2f} GiB: {request.model} needs {needed / GIB:.2f} GiB"
+        f"{what} {verb} in {memory}: {request.model} needs {needed / GIB:.2f} GiB"
         f"{' for ' + short_tokens(tokens) if request.ctx else ' at least'}"
     )
 
@@ -169,14 +180,14 @@ def plan_json(report: PlanReport) -> dict[str, Any]:
         "model": request.model,
         "weights": request.options.weights.value,
         "kv_cache": request.options.cache.value,
+        "kv_place": "host" if request.options.is_kv_on_host else "card",
         "memory_bytes": request.memory_bytes,
         "ctx": request.ctx,
         "fits": report.fits,
         "longest_context_tokens": report.longest_tokens,
         "max_position_embeddings": report.max_tokens,
         "plans": [
-            {**asdict(plan), "total_bytes": plan.total_bytes, "fits": plan.total_bytes <= request.memory_bytes}
-            for plan in report.plans
+            {**asdict(plan), "total_bytes": plan.total_bytes, "fits": request.holds(plan)} for plan in report.plans
         ],
         "alternatives": list(report.alternatives),
     }

@@ -82,7 +82,7 @@ def test_a_random_model_that_cannot_fit_is_refused_with_what_would(monkeypatch: 
     assert caught.value.hint == "salalocal bench --model builtin"
 
 
-@pytest.mark.parametrize("wish", [{"dtype": "float16"}, {"math": "int3"}, {"kv_cache": "bf16"}])
+@pytest.mark.parametrize("wish", [{"dtype": "float16"}, {"math": "int3"}, {"kv_cache": "bf16"}, {"kv_place": "host"}])
 def test_what_random_weights_cannot_be_is_refused(wish: dict[str, str]) -> None:
     with pytest.raises(RequestError, match="--"):
         open_subject(None, Settings(**wish), CPU, 4096)  # type: ignore[arg-type]

@@ -50,7 +50,7 @@ def test_an_interrupt_keeps_what_was_measured(settings: Settings) -> None:
             raise KeyboardInterrupt
 
     report = run_bench(settings, BenchOptions((40, 100), 2, 1), interrupt, lambda line: None)
-    assert report.is_interrupted and "interrupted" in report.notes[-1]
+    assert report.is_interrupted and "interrupted" in report.notes[-1] and report.ceilings is not None
     assert [depth.num_tokens for depth in report.results[0].depths] == [40]
     with pytest.raises(KeyboardInterrupt):
         run_bench(settings, BenchOptions((100,), 2, 1), interrupt, lambda line: None)

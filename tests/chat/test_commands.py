@@ -34,12 +34,25 @@ def test_help_names_every_command(chat: Chat) -> None:
     run_command(chat, "/help")
     names = [name.split()[0] for name, _ in view_of(chat).tables[0]]
     assert names[: len(COMMANDS)] == list(COMMANDS)
-    assert set(COMMANDS) == {"/help", "/tokens", "/undo", "/retry", "/add", "/drop", "/set", "/bye"}
+    assert set(COMMANDS) == {"/help", "/tokens", "/sources", "/undo", "/retry", "/add", "/drop", "/set", "/bye"}
 
 
 def test_tokens(chat: Chat) -> None:
     run_command(chat, "/tokens")
     assert [document.path for document in view_of(chat).reports[0].documents] == ["one.txt", "two.txt"]
+
+
+def test_sources(chat: Chat) -> None:
+    with pytest.raises(RequestError, match="no answer"):
+        run_command(chat, "/sources")
+    run_chat(chat.session, FakeView("what?"))
+    run_command(chat, "/sources")
+    run_command(chat, "/sources 1")
+    many, one = view_of(chat).sources
+    assert many.num_tokens == one.num_tokens == 6 and len(one.sources) <= 1
+    for line in ("/sources 0", "/sources x", "/sources -1", "/sources 1.5"):
+        with pytest.raises(RequestError, match="from 1 on"):
+            run_command(chat, line)
 
 
 def test_undo_and_retry(chat: Chat) -> None:

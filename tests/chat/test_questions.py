@@ -21,6 +21,8 @@ def test_each_is_answered_as_if_it_were_alone(runtime: Runtime) -> None:
     ]
     assert [answer.text for answer in together] == [alone[0][0].text, alone[1][0].text, alone[0][0].text]
     assert [answer.question for answer in together] == ["one?", "two?", "one?"]
+    assert [answer.sources for answer in together] == [alone[0][0].sources, alone[1][0].sources, alone[0][0].sources]
+    assert all(source.path == "one.txt" for answer in together for source in answer.sources)
     assert together[0].finish.usage.cached_tokens == 0 < together[1].finish.usage.cached_tokens
 
 

@@ -18,10 +18,12 @@ from salalocal.engine.budget import (
     StoredWeights,
     WeightFormat,
     check_fits,
+    check_lockable,
     fitted,
     longest_context,
     plan_memory,
     weight_bytes,
+    why_no_kernels,
 )
 from salalocal.errors import CheckpointError, MemoryBudgetError, RequestError
 from salalocal.model.config import SalaConfig
@@ -156,9 +158,97 @@ def test_an_int8_cache_halves_the_keys_and_values_but_for_the_scales() -> None:
 def test_the_total_is_the_sum_and_the_driver_is_for_cuda_only() -> None:
     on_card, on_cpu = plan_memory(RELEASED, 1000), plan_memory(RELEASED, 1000, PlanOptions(is_cuda=False))
     assert (on_card.driver_bytes, on_cpu.driver_bytes) == (CUDA_DRIVER_BYTES, 0)
-    parts = ("weight", "kv", "k1", "k2", "lightning", "activation", "logits", "driver")
-    assert on_card.total_bytes == sum(getattr(on_card, f"{part}_bytes") for part in parts)
-    assert all(getattr(on_card, f"{part}_bytes") > 0 for part in parts)
+    in_8_bits = plan_memory(RELEASED, 1000, PlanOptions(cache=CacheFormat.INT8))
+    parts = ("weight", "kv", "k1", "k2", "lightning", "activation", "logits", "driver", "recent")
+    for plan in (on_card, in_8_bits):
+        assert plan.total_bytes == sum(getattr(plan, f"{part}_bytes") for part in parts)
+    assert all(getattr(in_8_bits, f"{part}_bytes") > 0 for part in parts)
+
+
+def test_an_8_bit_cache_keeps_its_last_keys_unquantized() -> None:
+    plan = plan_memory(RELEASED, 65536, PlanOptions(cache=CacheFormat.INT8))
+    assert plan.recent_bytes == MIB == plan.state_bytes - plan.cache_bytes - plan.lightning_bytes
+    assert plan_memory(RELEASED, 65536).recent_bytes == 0
+
+
+@pytest.mark.parametrize("cache", [CacheFormat.BF16, CacheFormat.INT8])
+def test_keys_and_values_in_host_memory_take_none_of_the_card(cache: CacheFormat) -> None:
+    usual = PlanOptions(WeightFormat.INT4, cache)
+    on_card, on_host = (
+        plan_memory(RELEASED, 2**20, replace(usual, is_kv_on_host=is_on_host)) for is_on_host in (False, True)
+    )
+    assert on_host.kv_bytes == 0 and on_host.host_bytes == on_card.kv_bytes and on_card.host_bytes == 0
+    assert on_host.pooled_key_bytes == on_card.pooled_key_bytes and on_host.recent_bytes == on_card.recent_bytes
+    copies = on_host.activation_bytes - on_card.activation_bytes
+    assert 0 < copies < 300 * MIB
+    table = plan_memory(RELEASED, 1, replace(usual, is_embedding_on_host=True)).host_bytes
+    assert table == 2 * 73448 * 4096
+
+
+def test_two_million_tokens_run_on_a_small_card_beside_host_memory() -> None:
+    """A context of 2M tokens on a card of 8 GB, keys and values in 8 or in 16 bits beside it."""
+    for cache, host_gib in ((CacheFormat.INT8, 9), (CacheFormat.BF16, 17)):
+        options = PlanOptions(WeightFormat.INT4, cache, is_kv_on_host=True)
+        plan = plan_memory(RELEASED, 2**21 + 256, fitted(RELEASED, 2**21 + 256, 8 * GIB, options))
+        check_fits(plan, 8 * GIB)
+        check_lockable(plan, host_gib * GIB)
+        longest = longest_context(RELEASED, 8 * GIB, options, host_gib * GIB)
+        assert 2**21 < longest < longest_context(RELEASED, 8 * GIB, options)
+        with pytest.raises(MemoryBudgetError, match=r"of host memory that stays locked, 8\.00 GiB may be"):
+            check_lockable(plan, 8 * GIB)
+
+
+def test_constants_are_those_of_the_kernels() -> None:
+    from salalocal.engine import budget, picks
+    from salalocal.kernels.block_attention import host
+    from salalocal.kernels.int4.activations_by_group import ACTIVATION_GROUP
+    from salalocal.kernels.int4.scratch import GROUP_SIZES
+    from salalocal.kernels.kv_cache import RECENT_TOKENS
+    from salalocal.kernels.lightning_decode import MAX_STEPS
+
+    assert budget._HOST_COPIES == host.MOST_COPIES and budget._RECENT_TOKENS == RECENT_TOKENS
+    assert budget._RECORDED_ROWS == picks.RING_ROWS and budget._STEP_ROWS == MAX_STEPS
+    assert set(budget._KERNEL_GROUPS) == set(GROUP_SIZES) and budget._GROUP == ACTIVATION_GROUP
+
+
+def gptq(**fields: object) -> dict[str, object]:
+    return {"quant_method": "gptq", "bits": 4, "group_size": 128, **fields}
+
+
+def packed(**fields: object) -> dict[str, object]:
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 4, **fields}}}}
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (None, ""),
+        (gptq(), ""),
+        (gptq(desc_act=False, dynamic={"+:gate": {"bits": 8, "group_size": 32}, "-:head": {}}), ""),
+        (gptq(desc_act=True), "act-order"),
+        (gptq(group_size=-1), "not in groups of 32, 64, 128"),
+        (gptq(dynamic={"+:gate": {"group_size": 16}}), "not in groups"),
+        (packed(group_size=64), ""),
+        (packed(group_size=128, actorder="weight"), ""),
+        (packed(group_size=128, actorder="group"), "act-order"),
+        (packed(strategy="channel"), "not in groups"),
+        ({"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}, ""),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_known_before(record: dict[str, object] | None, said: str) -> None:
+    why = why_no_kernels(replace(RELEASED, quantization_config=record))
+    assert said in why and bool(why) is bool(said)
+
+
+def test_features_that_are_not_in_groups_run_module_by_module() -> None:
+    narrow = replace(RELEASED, intermediate_size=16_000 + 32, quantization_config=gptq())
+    assert "16,032 input features" in why_no_kernels(narrow)
+    assert why_no_kernels(replace(narrow, quantization_config=None)) == ""
+
+
+def test_lightning_layers_that_share_keys_run_module_by_module() -> None:
+    shared = replace(RELEASED, lightning=replace(RELEASED.lightning, num_key_value_heads=2))
+    assert "share keys" in why_no_kernels(shared)
 
 
 def fitted_bytes(num_tokens: int, memory_bytes: int, options: PlanOptions) -> int:

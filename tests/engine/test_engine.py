@@ -12,7 +12,7 @@ from salalocal import device as device_module
 from salalocal.engine import engine as engine_module
 from salalocal.engine.engine import Engine, EngineConfig
 from salalocal.engine.sampling_params import SamplingParams
-from salalocal.errors import MemoryBudgetError, NumericError, RequestError
+from salalocal.errors import BackendError, MemoryBudgetError, NumericError, RequestError
 from salalocal.model.sala import SalaModel, SwitchRule
 
 LENGTH = 150  # past dense_len = 64 and past the block budget of 5 x 8 tokens
@@ -271,3 +271,49 @@ def test_ids_are_checked_before_the_state_is_touched(seed: int) -> None:
     with pytest.raises(RequestError, match="96 is outside the vocabulary"):
         engine.prefill([3, 96], state)
     assert state.num_tokens == 0
+
+
+@pytest.mark.parametrize("config", [EngineConfig(), EngineConfig(is_cache_int8=True), EngineConfig(is_kv_on_host=True)])
+def test_states_are_asked_for_as_the_config_has_it(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = SalaModel(small_config(), dtype=torch.float32), []
+    monkeypatch.setattr(engine_module, "why_not_fused", lambda model: "")
+    monkeypatch.setattr(engine_module, "FusedModel", lambda model: model)
+    monkeypatch.setattr(model, "new_state", lambda *arguments: asked.append(arguments))
+    Engine(model, config).new_state(100)
+    (arguments,) = asked
+    assert arguments[1] > 100, "room for a step that runs ahead"
+    assert arguments[4:] == (config.is_cache_int8, config.is_kv_on_host)
+
+
+def test_keys_in_host_memory_need_the_fused_kernels(seed: int) -> None:
+    with pytest.raises(BackendError, match="fused kernels: it is not on a CUDA device"):
+        Engine(small_engine(seed).model, EngineConfig(is_kv_on_host=True))
+
+
+def test_a_sampled_answer_is_the_same_from_a_fork_in_its_middle(seed: int) -> None:
+    engine, ids = small_engine(seed), random_ids(seed, 70)
+    params = SamplingParams(temperature=1.5, seed=seed, max_tokens=20, is_loop_guarded=False)
+    state = engine.new_state(len(ids))
+    logits = engine.prefill(ids, state)
+    assert logits is not None
+    answer, forks = engine.generate(state, logits, params), []
+    for token in answer:
+        if len(answer.ids) == 8:
+            forks.append((state.fork(), token))
+    fork, token = forks[0]
+    more = engine.prefill([token], fork)
+    assert more is not None
+    assert list(engine.generate(fork, more, params))[:12] == answer.ids[8:]
+
+
+def test_a_closed_answer_ends_as_cancelled_and_settles_its_state(seed: int) -> None:
+    engine, ids = small_engine(seed), random_ids(seed, 20)
+    state = engine.new_state(len(ids))
+    logits = engine.prefill(ids, state)
+    assert logits is not None
+    answer, settled = engine.generate(state, logits, SamplingParams()), []
+    next(answer)
+    state.lend(lambda: settled.append(True))
+    answer.close()
+    assert settled == [True] and answer.reason == "cancelled" and list(answer) == []
+    answer.close()

@@ -219,3 +219,10 @@ def test_a_table_in_host_memory_is_not_counted_on_the_device(
         load_model(checkpoint, CPU, torch.float32)
     model = load_model(checkpoint, CPU, torch.float32, Placement(is_embedding_on_host=True))
     assert torch.equal(model.model.embed_tokens.weight, checkpoint.tensor("model.embed_tokens.weight").float())
+
+
+def test_opening_a_model_brings_in_no_compiler_of_torch() -> None:
+    """torch._dynamo with sympy takes over a second of every start."""
+    code = "import sys, torch; before = 'torch._dynamo' in sys.modules; import salalocal; salalocal.load;"
+    code += "sys.exit(('torch._dynamo' in sys.modules) != before)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

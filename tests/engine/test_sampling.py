@@ -99,7 +99,7 @@ def test_ties_go_to_the_lower_id() -> None:
     logits = torch.zeros(70_000)
     logits[[60_000, 123, 69_999]] = 4.0
     for values in (logits, logits.half(), logits.bfloat16(), logits.double()):
-        assert Sampler(SamplingParams()).sample(values) == 123
+        assert Sampler(SamplingParams()).sample(values, 0) == 123
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,8 @@ def test_draws_come_as_often_as_they_should(params: dict[str, Any], expected: li
     sampler = Sampler(SamplingParams(**params, seed=seed))
     counts = torch.zeros(5)
     logits = logits_of([0.1, 0.4, 0.2, 0.05, 0.25])
-    for _ in range(num_draws):
-        counts[sampler.sample(logits)] += 1
+    for position in range(num_draws):
+        counts[sampler.sample(logits, position)] += 1
     wanted = torch.tensor(expected)
     assert counts[wanted == 0].sum() == 0
     chi_squared = ((counts - num_draws * wanted) ** 2 / (num_draws * wanted))[wanted > 0].sum()
@@ -130,23 +130,34 @@ def test_one_seed_gives_one_text_and_another_another(seed: int) -> None:
 
     def draw(number: int | None) -> list[int]:
         sampler = Sampler(SamplingParams(temperature=1.0, seed=number))
-        return [sampler.sample(logits) for _ in range(40)]
+        return [sampler.sample(logits, position) for position in range(40)]
 
     assert draw(seed) == draw(seed)
     assert draw(seed) != draw(seed + 1)
     assert draw(None) != draw(None)
 
 
+def test_a_random_number_belongs_to_its_position(seed: int) -> None:
+    sampler = Sampler(SamplingParams(temperature=1.0, seed=seed))
+    numbers = sampler.uniforms(0, 200)
+    assert numbers.min() >= 0 and numbers.max() < 1 and len(numbers.unique()) == 200
+    for first, count in ((0, 1), (1, 3), (7, 50), (196, 4)):
+        assert torch.equal(sampler.uniforms(first, count), numbers[first : first + count])
+    far = 2**40 + 3
+    assert torch.equal(sampler.uniforms(far, 9)[5:], Sampler(sampler.params).uniforms(far + 5, 4))
+    assert abs(float(sampler.uniforms(0, 20_000).mean()) - 0.5) < 0.02
+
+
 def test_drawing_leaves_the_logits_and_the_global_generator_alone(seed: int) -> None:
     logits = torch.randn(50)
     before, generator = logits.clone(), torch.random.get_rng_state()
-    Sampler(SamplingParams(temperature=0.7, top_p=0.9, top_k=7, min_p=0.1, seed=seed)).sample(logits)
+    Sampler(SamplingParams(temperature=0.7, top_p=0.9, top_k=7, min_p=0.1, seed=seed)).sample(logits, 3)
     assert torch.equal(logits, before) and torch.equal(torch.random.get_rng_state(), generator)
 
 
 def test_extreme_temperatures_are_greedy_and_even() -> None:
     logits = torch.tensor([0.0, 50.0, 49.0, -1e30])
-    assert Sampler(SamplingParams(temperature=1e-300, seed=1)).sample(logits) == 1
+    assert Sampler(SamplingParams(temperature=1e-300, seed=1)).sample(logits, 0) == 1
     assert kept([0.5, 0.5]) == [0, 1]
     spread = token_probabilities(torch.tensor([1.0, -1.0]), SamplingParams(temperature=100))
     assert abs(float(spread[0]) - 0.505) < 1e-3
@@ -155,7 +166,7 @@ def test_extreme_temperatures_are_greedy_and_even() -> None:
 def test_a_token_that_no_one_may_draw_is_never_drawn() -> None:
     logits = torch.tensor([-1e30, 0.0, -1e30])
     sampler = Sampler(SamplingParams(temperature=1.0, seed=0))
-    assert {sampler.sample(logits) for _ in range(50)} == {1}
+    assert {sampler.sample(logits, position) for position in range(50)} == {1}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -164,7 +175,7 @@ def test_nan_and_infinity_are_refused(bad: float, params: SamplingParams) -> Non
     logits = torch.zeros(10)
     logits[7] = bad
     with pytest.raises(NumericError, match="logits: 1 of 10 numbers"):
-        Sampler(params).sample(logits)
+        Sampler(params).sample(logits, 0)
 
 
 def test_large_finite_numbers_are_finite() -> None:

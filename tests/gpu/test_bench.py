@@ -83,7 +83,8 @@ def test_a_graph_draws_what_single_steps_draw(seed: int) -> None:
 
 
 def test_a_whole_run_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("salalocal.bench.opening.SalaConfig.released", staticmethod(small_released))
+    config = small_released()
+    monkeypatch.setattr("salalocal.bench.opening.SalaConfig.released", staticmethod(lambda: config))
     monkeypatch.setattr("salalocal.bench.run.QWEN3_8B", SHAPE)
     monkeypatch.setattr("salalocal.bench.opening.with_usual_model", lambda settings, tell: settings)
     options = BenchOptions((4096, 20_000), 16, 2, "dense", ("RTX 5090",))

@@ -36,6 +36,10 @@ CUDA = torch.device("cuda")
 CHUNK = 512
 SPARSE_FROM = 4095
 GREEDY = SamplingParams(max_tokens=64, temperature=0)
+SAMPLED = (
+    SamplingParams(max_tokens=64, temperature=0.9, seed=5, is_loop_guarded=False),
+    SamplingParams(max_tokens=64, temperature=1.2, top_p=0.9, top_k=40, seed=5, is_loop_guarded=False),
+)
 
 
 @cache
@@ -49,7 +53,7 @@ def engine(math: Math = "int8", is_cache_int8: bool = False) -> Engine:
 def by_modules(fused: Engine) -> Engine:
     """The same weights, module by module."""
     modules = Engine(fused.model, fused.config)
-    modules._fused, modules._forward = None, modules.model
+    modules._fused, modules.forward = None, modules.model
     return modules
 
 
@@ -209,7 +213,7 @@ def test_drawn_tokens_are_those_of_the_sampler(seed: int, params: SamplingParams
         patch.setattr(fused_step, "_captured", Eager)
         assert drawn(decoder_of(runner, eager, params), 7, 20) == tokens  # a graph runs what was captured
     sampler = Sampler(params)
-    assert [sampler.sample(rows[0]) for rows in logits[:20]] == tokens[1:]
+    assert [sampler.sample(rows[0], 901 + place) for place, rows in enumerate(logits[:20])] == tokens[1:]
     assert_same_bits(state, eager)
 
 
@@ -296,13 +300,39 @@ def test_a_restored_state_goes_on_as_if_it_had_never_stopped(
     assert_same_bits(restored, expected_state)
 
 
-def test_an_answer_is_saved_as_far_as_it_came(seed: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("params", [GREEDY, *SAMPLED], ids=["greedy", "drawn", "filtered"])
+def test_an_answer_is_saved_as_far_as_it_came(seed: int, tmp_path: Path, params: SamplingParams) -> None:
     runner, ids = engine(), random_ids(seed, 700)
     state, _ = read(runner, ids)
-    decoder = decoder_of(runner, state)
+    decoder = decoder_of(runner, state, params)
     tokens = drawn(decoder, 7, 6)
     state.save(tmp_path / "state.safetensors")
     restored, _ = ModelState.load(tmp_path / "state.safetensors", runner.new_state())
     assert restored.num_tokens == state.num_tokens == len(ids) + 6
-    assert drawn(decoder_of(runner, restored), tokens[-1], 8) == drawn(decoder, tokens[-1], 8)
+    assert drawn(decoder_of(runner, restored, params), tokens[-1], 8) == drawn(decoder, tokens[-1], 8)
     assert_same_bits(restored, state)
+
+
+@pytest.mark.parametrize("params", SAMPLED, ids=["drawn", "filtered"])
+def test_the_same_seed_says_the_same(seed: int, tmp_path: Path, params: SamplingParams) -> None:
+    runner, ids = engine(), random_ids(seed, 5_000)
+    state, logits = read(runner, ids)
+    again, logits_again = read(runner, ids)
+    state.save(tmp_path / "state.safetensors")
+    restored, _ = ModelState.load(tmp_path / "state.safetensors", runner.new_state())
+    fork = state.fork()
+    assert torch.equal(logits, logits_again)
+    first, *others = [list(runner.generate(one, logits, params)) for one in (state, again, restored, fork)]
+    assert len(first) == params.max_tokens and others == [first] * 3
+    assert list(runner.generate(read(runner, ids)[0], logits, replace(params, seed=6))) != first
+
+
+def test_a_read_that_was_paused_goes_on_as_if_it_had_not_been(seed: int) -> None:
+    runner, ids = engine(), random_ids(seed, 6_000)
+    expected_state, expected = read(runner, ids)
+    state, asked = runner.new_state(len(ids) + 128), iter([False] * 5 + [True])
+    assert runner.prefill(ids, state, is_cancelled=lambda: next(asked)) is None
+    assert state.num_tokens == 5 * CHUNK
+    logits = runner.prefill(ids[state.num_tokens :], state)
+    assert logits is not None and torch.equal(logits, expected)
+    assert_same_bits(state, expected_state)

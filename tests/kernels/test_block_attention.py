@@ -121,10 +121,23 @@ def test_limits_do_not_matter(
     q, k, v, blocks = draw(rng, 50, 333)
     whole = block_attention_reference(q, k, v, blocks, 283, 16, SCALE)
     monkeypatch.setattr(module, "MAX_TILE_SCORES", scores)
+    monkeypatch.setattr(module, "MAX_TILE_VALUES", scores)
     monkeypatch.setattr(module, "MAX_PARTIAL_VALUES", partial)
     monkeypatch.setattr(module, "MAX_GATHERED_ROWS", gathered)
     found = block_attention_reference(q, k, v, blocks, 283, 16, SCALE)
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("shared_by", [0, 1, 2, 1000])
+def test_what_is_shared_does_not_matter(shared_by: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read for all rows of a query block, or what all picked, or half of them, or anyone."""
+    rng = random.Random(seed)
+    q, k, v, blocks = draw(rng, 50, 333)
+    blocks[:, 20:30] = blocks[:, 20:21]
+    expected = block_attention_definition(q, k, v, blocks, 283, 16, SCALE)
+    monkeypatch.setattr(module, "SHARED_BY", shared_by)
+    found = block_attention_reference(q, k, v, blocks, 283, 16, SCALE)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("rows", [1, 30])

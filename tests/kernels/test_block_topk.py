@@ -275,6 +275,44 @@ def test_any_chunking_chooses_the_same(geometry: BlockGeometry, seed: int) -> No
         at = end
 
 
+@pytest.mark.parametrize("geometry", [g for g in SMALL if g.free_blocks and g.window_size])
+def test_the_draft_decides_nothing_that_exact_scores_do_not(
+    geometry: BlockGeometry, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys far from the origin, as a model's are, nearer and nearer to each other, and blocks that repeat."""
+    rng = random.Random(seed)
+    for spread in (1.0, 1e-2, 1e-4, 0.0):
+        case = draw(rng, geometry, 24 * geometry.block_size)
+        period = case.keys[:, : 3 * geometry.block_size].repeat(1, 8, 1, 1)
+        case.keys = 30 + (period if rng.random() < 0.3 else case.keys) * spread
+        drafted = case.choose(torch.float32)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_has_draft", lambda *_: False)
+            assert torch.equal(drafted, case.choose(torch.float32))
+
+
+def test_the_draft_leaves_few_rows_of_scattered_keys_and_all_of_equal_ones(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unsure: list[int] = []
+    exact = module._block_scores
+
+    def counted(q: Tensor, *rest: object) -> Tensor:
+        unsure.append(q.shape[1])
+        return exact(q, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "_block_scores", counted)
+    torch.manual_seed(seed)
+    keys = 10 + torch.randn(1, 9000, 2, 8, dtype=torch.float64)
+    case = Case(3 * torch.randn(1, 200, 4, 8, dtype=torch.float64), keys, 8800, RELEASED)
+    case.choose(torch.float32)
+    assert sum(unsure) <= 20
+    unsure.clear()
+    case.keys = keys[:, :1].expand_as(keys).contiguous()
+    case.choose(torch.float32)
+    assert sum(unsure) == 200
+
+
 @pytest.mark.parametrize("geometry", SMALL)
 def test_later_tokens_change_nothing(geometry: BlockGeometry, seed: int) -> None:
     rng = random.Random(seed)
@@ -294,10 +332,12 @@ def test_tile_size_does_not_matter(
     geometry: BlockGeometry, limit: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = draw(random.Random(seed), geometry, 340)
-    whole = case.choose()
+    whole, single = case.choose(), case.choose(torch.float32)
     monkeypatch.setattr(module, "MAX_TILE_SCORES", limit)
+    monkeypatch.setattr(module, "MAX_DRAFT_SCORES", limit)
     monkeypatch.setattr(module, "MIN_TILE_ROWS", 3)
     assert torch.equal(case.choose(), whole)
+    assert torch.equal(case.choose(torch.float32), single)
 
 
 def test_a_group_depends_on_its_own_heads_and_keys_alone(seed: int) -> None:

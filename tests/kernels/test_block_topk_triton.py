@@ -10,7 +10,14 @@ from torch import Tensor
 
 import salalocal.kernels.block_topk as room_of_choice
 from salalocal.errors import BackendError
-from salalocal.kernels.block_topk import BlockGeometry, block_topk_reference, block_topk_triton, decode, prefill
+from salalocal.kernels.block_topk import (
+    BlockGeometry,
+    block_topk_reference,
+    block_topk_triton,
+    decode,
+    pick_weights,
+    prefill,
+)
 from salalocal.kernels.pooled_keys import num_pooled, pooled_keys_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -248,3 +255,42 @@ def test_decode_gives_ties_to_the_lower_blocks(seed: int) -> None:
         *(x.to(DEVICE) for x in (q.float(), k1, k2, torch.tensor([498]))), GEOMETRY, SCALE
     ).cpu()
     assert found[0, 0, 0].tolist() == [0, 1, 2, 3, 4, 29, 30, 31]
+
+
+def test_decode_records_picks_with_their_weights_and_nothing_else(seed: int) -> None:
+    q, keys = draw(seed, 300, 3)
+    k1, k2 = pooled(keys.float())
+    tensors = [x.to(DEVICE) for x in (q.float(), k1, k2, torch.tensor([297]))]
+    expected = decode.block_topk_decode(*tensors, GEOMETRY, SCALE)
+    room = torch.full((1, 5, 4, GEOMETRY.budget + 3), -7, device=DEVICE)
+    weights = torch.full(room.shape, math.nan, device=DEVICE)
+    record = decode.PickRecord(room[:, 1:4, 1:3, : GEOMETRY.budget], weights[:, 1:4, 1:3, : GEOMETRY.budget])
+    assert torch.equal(decode.block_topk_decode(*tensors, GEOMETRY, SCALE, record=record), expected)
+    assert torch.equal(record.picks, expected)
+    exact = pick_weights(q.double(), k1.double(), k2.double(), expected.cpu(), 297, GEOMETRY, SCALE)
+    torch.testing.assert_close(record.weights.cpu().double(), exact, rtol=1e-4, atol=1e-4)
+    assert record.weights is not None and torch.isinf(record.weights).sum() == 3 * 2 * (
+        GEOMETRY.budget - GEOMETRY.free_blocks
+    )
+    record.picks.fill_(-7)
+    record.weights.fill_(math.nan)
+    assert (room == -7).all() and weights.isnan().all()
+    with pytest.raises(ValueError, match="picks"):
+        decode.block_topk_decode(*tensors, GEOMETRY, SCALE, record=decode.PickRecord(room, weights))
+
+
+def test_weights_are_the_scores_of_the_definition(seed: int) -> None:
+    q, keys = draw(seed, 300, 2)
+    k1, k2 = pooled(keys)
+    blocks = block_topk_reference(q, k1, k2, 298, 300, GEOMETRY, SCALE)
+    weights = pick_weights(q, k1, k2, blocks, 298, GEOMETRY, SCALE)
+    for row, group in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        heads, seen = q[0, row, 4 * group : 4 * group + 4], num_pooled(299 + row, 8, 4)
+        z = SCALE * heads @ k1[0, :seen, group].T
+        normaliser = (SCALE * heads @ k2[0, : num_pooled(299 + row, 32, 16), group].T).logsumexp(1, keepdim=True)
+        score = (z - normaliser).exp().sum(0)
+        for block, weight in zip(blocks[0, row, group].tolist(), weights[0, row, group].tolist(), strict=True):
+            if 1 <= block < (298 + row) // 16 - 2:
+                assert abs(2**weight - float(score[4 * block - 1 : 4 * block + 4].max())) < 1e-9
+            else:
+                assert weight == -math.inf

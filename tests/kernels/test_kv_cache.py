@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -185,3 +186,27 @@ def test_what_does_not_fit_is_refused(seed: int) -> None:
         append_tokens_triton(rows, k, v, position, odd)
     with pytest.raises(ValueError, match="missing"):
         KeyValues(torch.zeros(1, 2, 1, 4, dtype=torch.int8), torch.zeros(1, 2, 1, 4, dtype=torch.int8))
+
+
+@pytest.mark.parametrize("is_quantized", [False, True], ids=["bf16", "int8"])
+def test_keys_and_values_are_copied_to_where_queries_are(is_quantized: bool, seed: int) -> None:
+    rows, (k, v) = empty_rows(200, is_quantized), draw(seed, 170)
+    run(append_tokens_reference, rows, k, v, [(0, 170)])
+    cached = rows.key_values.first(170)
+    here = cached.beside(k[None])
+    assert here is cached or is_quantized
+    blocks = torch.arange(3, device=DEVICE).expand(HEADS, -1)
+    copies = cached.gathered(blocks, 64)
+    for name in ("keys", "values", "key_scales", "value_scales"):
+        copy, original = getattr(copies, name), getattr(cached, name)
+        assert (copy is None) == (original is None)
+        if original is not None:
+            assert copy.shape[1] == 192 and torch.equal(copy[:, :170], original) and not copy[:, 170:].any()
+            assert copy.untyped_storage().data_ptr() != original.untyped_storage().data_ptr()
+    # What lies elsewhere is gathered whole, then widened: a device of another name stands for it.
+    other = torch.device("cpu", 0) if DEVICE == "cpu" else torch.device("cuda")
+    query = SimpleNamespace(device=other, dtype=torch.bfloat16)
+    assert query.device != cached.keys.device
+    elsewhere, wide = cached.beside(query), cached.widened(torch.bfloat16)  # type: ignore[arg-type]
+    assert torch.equal(elsewhere.keys, wide.keys) and torch.equal(elsewhere.values, wide.values)
+    assert elsewhere.keys.untyped_storage().data_ptr() != cached.keys.untyped_storage().data_ptr()

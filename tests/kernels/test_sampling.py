@@ -52,9 +52,9 @@ def test_the_sampler_of_the_engine_draws_the_same(case: int, seed: int) -> None:
     logits = 4 * torch.randn(6, 300, generator=generator)
     if case % 2:
         logits = logits.round()  # many of equal size
-    uniforms = torch.rand(6, generator=torch.Generator().manual_seed(params.seed), dtype=torch.float64)
     sampler = Sampler(params)
-    expected = [sampler.sample(row) for row in logits]  # one random number after the other
+    uniforms = sampler.uniforms(seed, 6)
+    expected = [sampler.sample(row, seed + place) for place, row in enumerate(logits)]
     sampling = settings(params, uniforms, 6)
     for form in (sample_tokens, sample_tokens_definition, sample_tokens_triton):
         assert form(logits, sampling).tolist() == expected, form
@@ -79,9 +79,9 @@ def test_a_draw_without_order_is_the_same_draw(form, temperature: float, min_p: 
     generator = torch.Generator().manual_seed(seed)
     params = SamplingParams(temperature=temperature, min_p=min_p, seed=seed)
     logits = (4 * torch.randn(6, 2500, generator=generator)).mul(4).round().div(4)
-    uniforms = torch.rand(6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     sampler = Sampler(params)
-    expected = [sampler.sample(row) for row in logits]
+    uniforms = sampler.uniforms(seed, 6)
+    expected = [sampler.sample(row, seed + place) for place, row in enumerate(logits)]
     sampling = settings(params, uniforms, 6)
     sampling.top_k.fill_(1)  # not read
     sampling.top_p.fill_(0.1)

@@ -215,7 +215,7 @@ def test_weights_can_be_drawn_and_trained(seed: int) -> None:
 
 def test_a_cache_in_8_bits_is_for_one_sequence_and_moves_the_logits_little(seed: int) -> None:
     model = build("plain", seed, torch.bfloat16)
-    with pytest.raises(ValueError, match="8 bits are for one sequence, not for 2"):
+    with pytest.raises(ValueError, match="for one sequence, not for 2"):
         model.new_state(2, is_int8=True)
     ids = tokens(model, 300, seed)
     with torch.inference_mode():

@@ -5,17 +5,19 @@ import os
 import random
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_cases import small_config
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from salalocal.errors import StateError
 from salalocal.model import state as state_module
 from salalocal.model.mixers.lightning import LightningState
+from salalocal.model.sala import SalaModel
 from salalocal.model.state import GrowingRows, KVCache, ModelState, StateSpec
 
 
@@ -486,3 +488,69 @@ def test_rows_that_are_claimed_are_left_alone_by_forks(seed: int) -> None:
     late = rows.fork()
     late.append(draw(1))
     assert late.storage is storage and rows.num_rows == 12
+
+
+@dataclass
+class Memory:
+    """Host memory where there is no card: what was asked for, and how often the card was waited for."""
+
+    made: list[torch.Tensor] = field(default_factory=list)
+    num_waits: int = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        self.made.append(torch.full(shape, 99, dtype=dtype))
+        return self.made[-1]
+
+    def wait(self) -> None:
+        self.num_waits += 1
+
+    def holds(self, rows: torch.Tensor) -> bool:
+        return any(rows.untyped_storage().data_ptr() == made.untyped_storage().data_ptr() for made in self.made)
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
+    made = Memory()
+    monkeypatch.setattr(state_module, "page_locked_empty", made.empty)
+    monkeypatch.setattr(state_module, "wait_for_card", made.wait)
+    return made
+
+
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_keys_and_values_lie_in_host_memory_and_nothing_else(
+    is_int8: bool, memory: Memory, tmp_path: Path, seed: int
+) -> None:
+    config = small_config()
+    model = SalaModel(config, dtype=torch.bfloat16)
+    model.init_weights(generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(0, config.vocab_size, (1, 150), generator=torch.Generator().manual_seed(seed))
+    state, usual = (model.new_state(1, 100, is_int8=is_int8, is_kv_on_host=on_host) for on_host in (True, False))
+    with torch.inference_mode():
+        for start, end in ((0, 90), (90, 149)):  # the second outgrows the room
+            assert torch.equal(model(ids[:, start:end], state), model(ids[:, start:end], usual))
+        assert memory.num_waits > 0  # before rows were moved to the larger buffers
+        state.save(tmp_path / "read.safetensors")
+        restored, _ = ModelState.load(
+            tmp_path / "read.safetensors", model.new_state(1, is_int8=is_int8, is_kv_on_host=True)
+        )
+        from_card, _ = ModelState.load(tmp_path / "read.safetensors", model.new_state(1, is_int8=is_int8))
+        fork = state.fork()
+        expected = model(ids[:, 149:], usual)
+        for each in (state, fork, restored, from_card):
+            assert torch.equal(model(ids[:, 149:], each), expected)
+    for each, is_on_host in ((state, True), (fork, True), (restored, True), (from_card, False), (usual, False)):
+        for layer in each.layers:
+            for name, tensor in layer.tensors().items():
+                is_cached = name in ("k", "v", "k_scales", "v_scales")
+                assert memory.holds(tensor) is (is_on_host and is_cached), name
+
+
+def test_the_card_is_waited_for_before_its_rows_are_read(memory: Memory, tmp_path: Path, seed: int) -> None:
+    rows, draw = GrowingRows(spec(capacity=64), 3, 4, is_on_host=True), Rows(seed)
+    rows.append(draw(60))
+    assert memory.num_waits == 0
+    fork = rows.fork()
+    rows.append(draw(60))
+    assert memory.num_waits == 1 and torch.equal(fork.rows, rows.rows[:, :60])
+    model_state(seed).save(tmp_path / "read.safetensors")
+    assert memory.num_waits == 2

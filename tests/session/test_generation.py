@@ -8,7 +8,7 @@ from tiny_model import with_stop_token
 
 from salalocal.engine.fused.decoder import GuessStats
 from salalocal.prompt.text_stream import TextStream
-from salalocal.session.generation import Generation
+from salalocal.session.generation import Generation, ids_of_text
 from salalocal.session.runtime import Runtime
 
 
@@ -19,6 +19,10 @@ class ScriptedTokens:
         self._left, self._end = list(ids), reason
         self.reason: str | None = None
         self.guesses = GuessStats()
+        self.is_closed = False
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def __next__(self) -> int:
         if not self._left:
@@ -63,6 +67,33 @@ def test_a_stop_string_cuts_the_text_but_not_the_tokens(runtime: Runtime) -> Non
     assert generation.text == "one two" and generation.finish == "stop"
     assert [token for delta in deltas for token in delta.token_ids] == generation.token_ids
     assert ids[: len(generation.token_ids)] == generation.token_ids
+    assert generation.is_cut and cast(Any, generation)._tokens.is_closed, "its graph would stay"
+
+
+@pytest.mark.parametrize("cut", range(19))
+def test_ids_of_a_cut_text_are_those_before_the_cut(runtime: Runtime, cut: int) -> None:
+    tokenizer, whole = runtime.tokenizer, "naïve = 中國;\n  end"
+    ids, text = tokenizer.encode(whole), whole[:cut]
+    kept = ids_of_text(ids, text, tokenizer)
+    assert tokenizer.decode(kept) == text
+    shared = next((i for i, pair in enumerate(zip(kept, ids, strict=False)) if pair[0] != pair[1]), len(kept))
+    assert len(kept) - shared <= 8, "more than the token at the cut was encoded anew"
+    assert ids_of_text([ids[0], 0], "other", tokenizer) == tokenizer.encode("other")
+
+
+def test_ids_of_a_cut_text_keep_the_space_that_a_tokenizer_puts_in_front() -> None:
+    class Spaced:
+        has_prefix_space = True
+        pieces = (b" one", b" two", b" three")
+
+        def piece_bytes(self, i: int) -> bytes:
+            return self.pieces[i]
+
+        def encode(self, text: str, place: object) -> list[int]:
+            return [100 + len(text)]
+
+    assert ids_of_text([0, 1, 2], "one two", cast(Any, Spaced())) == [0, 1]
+    assert ids_of_text([0, 1, 2], "one tw", cast(Any, Spaced())) == [0, 103]
 
 
 def test_stopping_from_outside_keeps_what_was_drawn(runtime: Runtime) -> None:

@@ -1,6 +1,7 @@
 """The API for programs: load, logits, generate, session."""
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from quantized_cases import GROUPS_OF_16, gptq_record, projections, quantized_te
 import salalocal
 from salalocal.checkpoint.checkpoint import Checkpoint
 from salalocal.device import DeviceMemory
-from salalocal.engine.budget import CacheFormat, WeightFormat
+from salalocal.engine.budget import CacheFormat, PlanOptions, WeightFormat
+from salalocal.engine.engine import EngineConfig
 from salalocal.errors import CheckpointError, ContextError, HubError, MemoryBudgetError, RequestError
 from salalocal.session import runtime as runtime_module
 from salalocal.session.events import Finish
@@ -61,6 +63,9 @@ def test_memory_is_checked_before_the_weights_are_read(tmp_path: Path, seed: int
 def test_options_are_what_the_settings_say() -> None:
     settings = Settings(device="cpu", dtype="bfloat16", chunk_size=64, math="bf16", kv_cache="int8")
     assert LoadOptions.of(settings, 1000) == LoadOptions("cpu", "bfloat16", 64, 1000, "bf16", "int8")
+    assert LoadOptions.of(Settings(kv_place="host", guess=False), 7) == LoadOptions(
+        num_tokens=7, kv_place="host", guess=False
+    )
     assert LoadOptions.of(Settings(), 7) == LoadOptions(num_tokens=7)
 
 
@@ -70,6 +75,8 @@ def test_options_are_what_the_settings_say() -> None:
         (LoadOptions("cpu", math="int4"), "--math is 'int4', not one of bf16, int8, fp8", "--math int8"),
         (LoadOptions("cpu", kv_cache="fp8"), "--kv-cache is 'fp8', not one of fp32, int8", "follows from the dtype"),
         (LoadOptions("cpu", "bfloat16", kv_cache="fp32"), "not one of bf16, int8", "--dtype"),
+        (LoadOptions("cpu", kv_place="host"), "--kv-place host is for cards", "leave it out"),
+        (LoadOptions("cpu", kv_place="disk"), "'disk', not one of card, host", "--kv-place host"),
     ],
 )
 def test_math_and_cache_that_make_no_sense(
@@ -104,12 +111,13 @@ def test_a_session_with_a_cache_in_8_bits(tmp_path: Path, seed: int) -> None:
 
 # What a run decides before it loads, on a card of which only the figures are here.
 @pytest.mark.parametrize(
-    ("gibibytes", "dtype", "is_tied", "is_embedding_on_host", "chunk_size"),
+    ("gibibytes", "dtype", "is_tied", "has_kernels", "is_embedding_on_host", "chunk_size"),
     [
-        (8, torch.bfloat16, False, True, 8192),
-        (8, torch.bfloat16, True, False, 8192),
-        (80, torch.bfloat16, False, False, 8192),
-        (8, torch.float16, False, False, 512),  # the kernels take bf16 alone
+        (8, torch.bfloat16, False, True, True, 8192),
+        (8, torch.bfloat16, True, True, False, 8192),
+        (80, torch.bfloat16, False, True, False, 8192),
+        (8, torch.float16, False, True, False, 512),  # the kernels take bf16 alone
+        (8, torch.bfloat16, False, False, False, 512),  # and no groups of 16
     ],
 )
 def test_a_card_of_some_size_gets_its_plan(
@@ -119,10 +127,13 @@ def test_a_card_of_some_size_gets_its_plan(
     gibibytes: int,
     dtype: torch.dtype,
     is_tied: bool,
+    has_kernels: bool,
     is_embedding_on_host: bool,
     chunk_size: int,
 ) -> None:
     config = small_config(is_tied, torch.bfloat16)
+    if has_kernels:
+        monkeypatch.setattr(runtime_module, "why_no_kernels", lambda config: "")
     tensors = random_tensors(config, seed, torch.bfloat16)
     stored, _ = quantized_tensors(tensors, projections)
     checkpoint = Checkpoint.open(written_quantized(tmp_path, config, stored, gptq_record(GROUPS_OF_16)))
@@ -132,9 +143,30 @@ def test_a_card_of_some_size_gets_its_plan(
     plan = runtime_module._plan(checkpoint, torch.device("cuda"), dtype, options, "small")
     assert (plan.weights, plan.cache, plan.math) == (WeightFormat.INT4, CacheFormat.INT8, "bf16")
     assert (plan.is_embedding_on_host, plan.chunk_size) == (is_embedding_on_host, chunk_size)
-    assert plan.is_fused is (dtype == torch.bfloat16)
+    assert plan.is_fused is (has_kernels and dtype == torch.bfloat16)
+    if plan.is_fused:
+        on_host = runtime_module._plan(
+            checkpoint, torch.device("cuda"), dtype, replace(options, kv_place="host"), "small"
+        )
+        assert on_host == replace(plan, is_kv_on_host=True)
+        monkeypatch.setattr(runtime_module, "lockable_bytes", lambda: 2**20)
+        with pytest.raises(MemoryBudgetError, match="GiB of host memory that stays locked"):
+            runtime_module._plan(checkpoint, torch.device("cuda"), dtype, replace(options, kv_place="host"), "small")
+    else:
+        with pytest.raises(RequestError, match="needs the kernels for cards"):
+            runtime_module._plan(checkpoint, torch.device("cuda"), dtype, replace(options, kv_place="host"), "small")
     with pytest.raises(MemoryBudgetError, match="tokens needs"):
         runtime_module._plan(checkpoint, torch.device("cuda"), dtype, LoadOptions("cuda", num_tokens=2**31), "small")
+
+
+@pytest.mark.parametrize(
+    ("is_on_host", "guess", "is_guessing"),
+    [(False, None, True), (True, None, False), (True, True, True), (False, False, False)],
+)
+def test_guesses_are_made_unless_keys_are_far_away(is_on_host: bool, guess: bool | None, is_guessing: bool) -> None:
+    options = PlanOptions(cache=CacheFormat.INT8, chunk_size=2048, is_kv_on_host=is_on_host)
+    made = runtime_module.engine_config(options, guess)
+    assert made == EngineConfig(2048, True, is_guessing, is_on_host)
 
 
 def test_logits_are_those_of_every_token_in_fp32(runtime: Runtime, seed: int) -> None:

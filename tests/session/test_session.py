@@ -3,7 +3,7 @@
 import dataclasses
 import random
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from tiny_model import counting_feeds, make_pack, with_stop_token
 
 from salalocal.engine.fused.decoder import GuessStats
+from salalocal.engine.picks import AnswerPicks, Picks
 from salalocal.engine.sampling_params import SamplingParams
 from salalocal.errors import ContextError, MemoryBudgetError, NumericError, PackError, RequestError
 from salalocal.model.state import ModelState
@@ -195,6 +196,63 @@ def test_an_answer_that_is_no_longer_iterated_is_kept(runtime: Runtime) -> None:
     assert session.turns[-1].reason == "cancelled" and session.turns[-1].answer_ids
     finish_of(session.ask("and then?"))
     assert_last_turn_is_greedy(runtime, session)
+
+
+def test_an_answer_left_hanging_is_kept_before_anything_else_is_done(runtime: Runtime) -> None:
+    session = open_session(runtime)
+
+    def hang(question: str) -> Iterator[Event]:
+        events = session.ask(question)
+        while not isinstance(next(events), TextDelta):
+            pass
+        return events
+
+    events = hang("one?")
+    finish_of(session.ask("two?"))
+    assert [(turn.question, turn.reason) for turn in session.turns] == [("one?", "cancelled"), ("two?", "length")]
+    assert_last_turn_is_greedy(runtime, session)
+    assert list(events) == []
+    events = hang("three?")
+    assert session.undo().question == "three?" and list(events) == []
+    events = hang("four?")
+    list(session.retry())
+    assert [turn.question for turn in session.turns] == ["one?", "two?", "four?"] and list(events) == []
+    assert session.turns[-1].reason == "length"
+    assert_last_turn_is_greedy(runtime, session)
+
+
+def test_a_question_that_others_overtook_is_refused(runtime: Runtime) -> None:
+    session = open_session(runtime)
+    early = session.ask("one?")
+    finish_of(session.ask("two?"))
+    with pytest.raises(RequestError, match="went on"):
+        next(early)
+    assert [turn.question for turn in session.turns] == ["two?"]
+
+
+def test_sources_belong_to_the_last_answer(runtime: Runtime) -> None:
+    session = open_session(runtime)
+    with pytest.raises(RequestError, match="no answer"):
+        session.sources()
+    finish_of(session.ask("one?"))
+    found = session.sources()
+    assert found.num_tokens == found.num_known == 12 and found.num_dense == 0
+    assert {source.path for source in found.sources} <= {"one.txt", "two.txt", "three.txt"}
+    assert session.sources(1).sources[0].share == max(source.share for source in session.sources(1).sources)
+    finish_of(session.retry())
+    assert session.sources() == found
+    finish_of(session.ask("two?"))
+    session.undo()
+    with pytest.raises(RequestError, match="not known"):
+        session.sources()
+    finish_of(session.retry())
+    assert session.sources() == found
+    session.drop("three.txt")
+    with pytest.raises(RequestError, match="not known"):
+        session.sources()
+    session.drop(["one.txt", "two.txt"])
+    with pytest.raises(RequestError, match="no answer about documents"):
+        session.sources()
 
 
 @pytest.mark.parametrize("error", [NumericError("NaN"), KeyboardInterrupt(), torch.OutOfMemoryError("no")], ids=type)
@@ -386,7 +444,9 @@ def test_stop_strings_end_the_answer_before_them(runtime: Runtime) -> None:
     session.undo()
     finish = finish_of(session.ask("what?", stop=[stop]))
     assert finish.reason == "stop"
-    assert session.turns[-1].answer == answer[: answer.index(stop)]
+    turn = session.turns[-1]
+    assert turn.answer == answer[: answer.index(stop)]
+    assert runtime.tokenizer.decode(turn.answer_ids) == turn.answer, "the stop string is no part of the turn"
     finish_of(session.ask("and?"))
     assert_last_turn_is_greedy(runtime, session)
 
@@ -406,6 +466,9 @@ def test_thinking_is_told_apart(runtime: Runtime, monkeypatch: pytest.MonkeyPatc
             token = self.left.pop(0)
             self.reason = None if self.left else "length"
             return token
+
+        def picks(self) -> AnswerPicks:
+            return AnswerPicks(Picks.none(runtime.config), len(ids), 0)
 
     monkeypatch.setattr(engine, "generate", lambda *_: Scripted())
     session = open_session(runtime)

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from salalocal.chat.questions import Answer
-from salalocal.engine.budget import PlanOptions
+from salalocal.engine.budget import CacheFormat, PlanOptions, WeightFormat
 from salalocal.model.config import SalaConfig
 from salalocal.prompt.sources import Skip
+from salalocal.session.attribution import Source
 from salalocal.session.events import Finish, Usage
 from salalocal.session.plan import PlanRequest, make_plan
 from salalocal.session.tokens import DocumentTokens, TokenReport
@@ -62,8 +63,10 @@ def test_json_says_the_same() -> None:
 
 
 def test_answers() -> None:
-    answer = Answer("what?", "it", Finish("stop", Usage(10, 4, 2, 0, 1.0, 1.0, 7)))
+    sources = (Source("a.py", 3, 5, 0.25),)
+    answer = Answer("what?", "it", Finish("stop", Usage(10, 4, 2, 0, 1.0, 1.0, 7)), sources)
     one = answers_json([answer], is_list=False)
+    assert one["sources"] == [{"path": "a.py", "first_line": 3, "last_line": 5, "share": 0.25}]
     assert (one["answer"], one["reason"], one["usage"]["new_tokens"]) == ("it", "stop", 6)
     assert answers_json([answer, answer], is_list=True) == {"answers": [one, one]}
 
@@ -87,6 +90,15 @@ def test_a_refusal_has_the_figures() -> None:
     assert "no context of any length fits in 4.00 GiB" in plan_refusal(report(None, 4))  # type: ignore[arg-type]
     lines = list(plan_lines(report(None, 4)))  # type: ignore[arg-type]
     assert "no context fits: the weights alone are too large" in lines
+
+
+def test_a_refusal_names_the_memory_that_is_short() -> None:
+    options = PlanOptions(WeightFormat.INT4, CacheFormat.INT8, is_kv_on_host=True)
+    wanted = PlanRequest("m", 2**21, 8 * 2**30, options, host_bytes=4 * 2**30)
+    assert plan_refusal(make_plan(SalaConfig.released(), wanted)) == (
+        "a context of 2,097,152 tokens does not fit in 4.00 GiB of host memory that may be locked: m needs 8.69 GiB "
+        "for 2m"
+    )
 
 
 def test_a_plan_as_json() -> None:

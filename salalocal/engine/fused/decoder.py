@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from salalocal.engine.fused.model import FusedModel
-from salalocal.engine.fused.step import Step, StepState, TokenChoice, commit
+from salalocal.engine.fused.step import Step, StepState, TokenChoice, commit, new_ring
+from salalocal.engine.picks import Picks, first_picking
 from salalocal.engine.prompt_lookup import PromptLookup
 from salalocal.engine.sampling import Sampler
 from salalocal.errors import NumericError, StateError
 from salalocal.kernels.lightning_decode import MAX_STEPS
+from salalocal.kernels.pick_ring import PickRing
 from salalocal.model.mixers.sparse import SparseState
 from salalocal.model.state import ModelState
 
@@ -51,6 +53,9 @@ class Decoder:
         self._left = max_tokens
         self._lookup = lookup
         self._run: _Run | None = None
+        self._first_picking = first_picking(model.model.config, state)
+        self._first = self._end = state.num_tokens
+        self._ring: PickRing | None = None
         self.stats = GuessStats()
 
     def next_token(self, token: int) -> int:
@@ -62,13 +67,32 @@ class Decoder:
         with torch.inference_mode():
             if self._run is None or self._run.is_full:
                 self._state.check_whole()  # settles first
-                self._run = _Run(self._model, self._state, token, self._sampler, min(self._left, ROOM_TOKENS))
+                self._run = self._new_run(token)
                 self._state.lend(self._settle)
             self._left -= 1
             if self._lookup is None:
-                return self._run.next_token()
-            self._lookup.push(token)
-            return self._run.next_token_guessing(self._lookup, self.stats)
+                drawn = self._run.next_token()
+            else:
+                self._lookup.push(token)
+                drawn = self._run.next_token_guessing(self._lookup, self.stats)
+            self._end += 1
+            return drawn
+
+    def picks(self) -> Picks:
+        """What the last rows picked, those that did; waits for the device."""
+        if self._ring is None:
+            return Picks.none(self._model.model.config)
+        # A step that ran ahead, or guessed, may have written behind the last row.
+        first = max(self._first, self._first_picking, self._end - (len(self._ring) - MAX_STEPS))
+        positions = torch.arange(first, max(first, self._end))
+        rows = (positions % len(self._ring)).to(self._ring.blocks.device)
+        with torch.inference_mode():
+            return Picks(self._ring.blocks[rows].cpu(), self._ring.weights[rows].float().cpu(), positions)
+
+    def _new_run(self, token: int) -> "_Run":
+        if self._ring is None:
+            self._ring = new_ring(self._model.model.config, self._model.model.device)
+        return _Run(self._model, self._state, token, self._sampler, min(self._left, ROOM_TOKENS), self._ring)
 
     def _settle(self) -> None:
         if self._run is not None and self._run.is_under_way:
@@ -92,11 +116,12 @@ class _Run:
     `state` is a weak reference.
     """
 
-    def __init__(self, model: FusedModel, state: ModelState, token: int, sampler: Sampler, room: int) -> None:
-        device = model.model.device
+    def __init__(
+        self, model: FusedModel, state: ModelState, token: int, sampler: Sampler, room: int, ring: PickRing
+    ) -> None:
         self._model, self._state, self._room = model, state, room
-        self._tensors = StepState.begin(state, token, room + MAX_STEPS, device)
-        choose = TokenChoice(sampler, room + MAX_STEPS, device)
+        self._tensors = StepState.begin(model.model.config, state, token, room + MAX_STEPS, ring)
+        choose = TokenChoice(model.head, sampler, state.num_tokens + 1, room + MAX_STEPS, ring.blocks.device)
         self._step = Step(model, self._tensors, choose)
         self._guessing_step = Step(model, self._tensors, choose, GUESS_ROWS)
         self._launched, self._taken = 0, 0
@@ -146,6 +171,7 @@ class _Run:
         for layer in self._state.layers:
             if isinstance(layer, SparseState):
                 layer.release()
+                layer.picked = None  # only the ring knows the newest row's
         is_ahead = self._launched > self._taken and not self._drawn
         if self._taken and not is_ahead:
             self._tensors.count.fill_(self._taken_of_step)

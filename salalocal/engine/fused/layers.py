@@ -13,7 +13,7 @@ from torch import Tensor
 from salalocal.engine.fused.projection import Projection
 from salalocal.engine.fused.rows import NormedRows, PlainRows, gated_norm_rows, gated_rows
 from salalocal.kernels.block_attention import block_attention_decode
-from salalocal.kernels.block_topk import block_topk_decode
+from salalocal.kernels.block_topk import PickRecord, block_topk_decode
 from salalocal.kernels.gated_norm import GatedNorm
 from salalocal.kernels.int4.int8_gemm import Residual
 from salalocal.kernels.kv_cache import CacheRows, append_tokens
@@ -27,6 +27,7 @@ from salalocal.kernels.lightning_decode import (
     speculative_step,
 )
 from salalocal.kernels.lightning_prefill import Recurrence, lightning_prefill_triton
+from salalocal.kernels.pick_ring import StepPicks
 from salalocal.kernels.qk_norm_rope import NormRope
 from salalocal.model.config import SalaConfig
 from salalocal.model.layers import Mlp, RMSNorm
@@ -45,10 +46,14 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class SparseMemory:
-    """The buffers of a sparse layer; `sparse_from` is the first position whose row picks blocks."""
+    """The buffers of a sparse layer, and where a step's rows leave their picks, [1, 16, H, S].
+
+    `sparse_from` is the first position whose row picks blocks.
+    """
 
     cache: CacheRows
     sparse_from: int
+    picks: StepPicks
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +143,9 @@ class FusedSparse:
         cache, geometry = memory.cache, self._geometry
         append_tokens(cache, k, v, place.positions, geometry)
         k1, k2 = cache.k1.transpose(0, 1)[None], cache.k2.transpose(0, 1)[None]
-        picks = block_topk_decode(q[None], k1, k2, place.positions, geometry, self._scale, memory.sparse_from)
+        left = memory.picks.first(len(hidden))
+        record = PickRecord(left.blocks, left.weights)
+        picks = block_topk_decode(q[None], k1, k2, place.positions, geometry, self._scale, memory.sparse_from, record)
         attended = block_attention_decode(
             q[None], cache.key_values, picks, place.positions, geometry.block_size, self._scale, gate
         )
@@ -158,11 +165,13 @@ class FusedMlp:
         return self._out.join(inner, Residual(hidden, self._residual_scale))
 
 
-def new_memory(state: LayerState, num_tokens: int, count: Tensor, parity: Tensor) -> SparseMemory | LightningMemory:
-    """The tensors of a layer's state for steps over up to `num_tokens` more tokens; count and parity as `StepState`."""
-    if isinstance(state, SparseState):
-        return SparseMemory(state.claim(num_tokens), state.sparse_from)
-    assert isinstance(state, LightningState)
+def new_sparse_memory(state: SparseState, num_tokens: int, picks: StepPicks) -> SparseMemory:
+    """The buffers of a sparse layer for steps over up to `num_tokens` more tokens."""
+    return SparseMemory(state.claim(num_tokens), state.sparse_from, picks)
+
+
+def new_lightning_memory(state: LightningState, count: Tensor, parity: Tensor) -> LightningMemory:
+    """The tensors of a lightning layer for steps; count and parity as `StepState` says."""
     matrix = state.writable()
     _, num_heads, key_dim, value_dim = matrix.shape
     half = (2, MAX_STEPS, num_heads)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from salalocal.engine.fused.head import Head
 from salalocal.engine.fused.layers import FusedLightning, FusedMlp, FusedSparse, Place
 from salalocal.engine.fused.projection import can_take
 from salalocal.errors import StateError
@@ -21,6 +22,7 @@ class FusedModel:
     def __init__(self, model: SalaModel) -> None:
         self.model = model
         self._config_digest = model.config.digest
+        self.head = Head(model)
         self.layers = [_fused(model, block) for block in model.model.layers if isinstance(block, SalaBlock)]
 
     def __call__(self, tokens: Tensor, state: ModelState) -> Tensor:

@@ -52,8 +52,24 @@ class Rows(Protocol):
         ...
 
 
+class _QuantizedOnce:
+    """Rows that are quantized once for all the products that ask: maps of several formats may share their input."""
+
+    @cached_property
+    def _known(self) -> dict[torch.dtype, QuantizedRows]:
+        return {}
+
+    def quantized(self, dtype: torch.dtype) -> QuantizedRows:
+        if dtype not in self._known:
+            self._known[dtype] = self._quantize(dtype)
+        return self._known[dtype]
+
+    def _quantize(self, dtype: torch.dtype) -> QuantizedRows:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, eq=False)
-class PlainRows:
+class PlainRows(_QuantizedOnce):
     """Rows as they are."""
 
     plain: Tensor
@@ -66,12 +82,12 @@ class PlainRows:
     def raw(self) -> RawActivations:
         return RawActivations(self.plain.contiguous())
 
-    def quantized(self, dtype: torch.dtype) -> QuantizedRows:
+    def _quantize(self, dtype: torch.dtype) -> QuantizedRows:
         return quantize_rows(self.plain, dtype)
 
 
 @dataclass(frozen=True, eq=False)
-class NormedRows:
+class NormedRows(_QuantizedOnce):
     """rms_norm(hidden) * weight."""
 
     hidden: Tensor
@@ -90,12 +106,12 @@ class NormedRows:
     def plain(self) -> Tensor:
         return rms_norm(self.hidden, self.weight, self.eps)
 
-    def quantized(self, dtype: torch.dtype) -> QuantizedRows:
+    def _quantize(self, dtype: torch.dtype) -> QuantizedRows:
         return rms_norm_quantize_rows(self.hidden, self.weight, self.eps, dtype)
 
 
 @dataclass(frozen=True, eq=False)
-class MadeRows:
+class MadeRows(_QuantizedOnce):
     """Rows that one kernel makes plain, and another quantized."""
 
     num_rows: int
@@ -110,7 +126,7 @@ class MadeRows:
     def plain(self) -> Tensor:
         return self.make()
 
-    def quantized(self, dtype: torch.dtype) -> QuantizedRows:
+    def _quantize(self, dtype: torch.dtype) -> QuantizedRows:
         return self.make_quantized(dtype)
 
 

@@ -12,42 +12,54 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from salalocal.engine.fused.head import Head
 from salalocal.engine.fused.layers import (
     FusedLightning,
     LayerMemory,
     LightningMemory,
     Place,
-    new_memory,
+    new_lightning_memory,
+    new_sparse_memory,
 )
 from salalocal.engine.fused.model import FusedModel
+from salalocal.engine.picks import RING_ROWS, picks_shape
 from salalocal.engine.sampling import Sampler
+from salalocal.kernels.block_topk import num_picks
 from salalocal.kernels.lightning_decode import MAX_STEPS
-from salalocal.kernels.sampling import draw_tokens, greedy_tokens, new_sampling_tensors, sample_tokens
+from salalocal.kernels.pick_ring import PickRing, StepPicks, keep_picks, new_pick_ring
+from salalocal.kernels.sampling import draw_tokens, new_sampling_tensors, sample_tokens
+from salalocal.model.config import SalaConfig
+from salalocal.model.mixers.lightning import LightningState
+from salalocal.model.mixers.sparse import SparseState, block_geometry
 from salalocal.model.state import ModelState
 
 
 class TokenChoice:
-    """A sampler's settings and its next random numbers, on the device."""
+    """A sampler's settings and its random numbers for the positions from `first` on, on the device."""
 
-    def __init__(self, sampler: Sampler, num_tokens: int, device: torch.device) -> None:
+    def __init__(self, head: Head, sampler: Sampler, first: int, num_tokens: int, device: torch.device) -> None:
         params = sampler.params
+        self._head, self._params = head, params
         self._sampling = new_sampling_tensors(device, num_tokens, MAX_STEPS)
-        if params.temperature == 0:
-            self._draw = greedy_tokens
-        else:
-            self._draw = draw_tokens if params.top_k == 0 and params.top_p == 1 else sample_tokens
+        if params.temperature > 0:
             self._sampling.temperature.fill_(params.temperature)
             self._sampling.top_k.fill_(params.top_k)
             self._sampling.top_p.fill_(params.top_p)
             self._sampling.min_p.fill_(params.min_p)
-            self._sampling.uniforms.copy_(sampler.uniforms(num_tokens))
+            self._sampling.uniforms.copy_(sampler.uniforms(first, num_tokens))
 
-    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The token behind every row, and the same with -1 once a logit was NaN or infinite.
 
-        Shapes: logits fp32 [R, V] -> int64 [R] each.
+        Shapes: hidden [R, hidden], behind the last norm -> int64 [R] each.
         """
-        tokens = self._draw(logits, self._sampling)
+        params = self._params
+        if params.temperature == 0:
+            tokens = self._head.greedy(hidden, self._sampling)
+        elif params.top_k == 0 and params.top_p == 1:
+            tokens = draw_tokens(self._head.logits(hidden), self._sampling)
+        else:
+            tokens = sample_tokens(self._head.logits(hidden), self._sampling, most=params.top_k)
         return tokens, torch.where(self._sampling.is_damaged > 0, -1, tokens)
 
     def advance(self, count: Tensor) -> None:
@@ -61,7 +73,8 @@ class StepState:
 
     Shapes: tokens int64 [16], the last one drawn and guesses of those to come; position int64 [1], of the first of
     them; count int32 [1], how many rows of the last step were accepted, and parity int32 [1], which half of the pending
-    rows holds them; drawn int64 [17]: the count of the step, then a token behind each of its rows, -1 for no number.
+    rows holds them; drawn int64 [17]: the count of the step, then a token behind each of its rows, -1 for no number;
+    picks [sparse layers, 16, Hkv, S], what the rows picked, which the ring keeps, see `kernels.pick_ring`.
     """
 
     tokens: Tensor
@@ -69,11 +82,18 @@ class StepState:
     count: Tensor
     parity: Tensor
     drawn: Tensor
+    picks: StepPicks
+    ring: PickRing
     memories: list[LayerMemory]
 
     @classmethod
-    def begin(cls, state: ModelState, token: int, num_tokens: int, device: torch.device) -> "StepState":
+    def begin(cls, config: SalaConfig, state: ModelState, token: int, num_tokens: int, ring: PickRing) -> "StepState":
         """Before the first step after `state`, which will feed `token`; room for `num_tokens` tokens."""
+        device = ring.blocks.device
+        most_picks = num_picks(block_geometry(config.sparse), state.sparse_from)
+        _, num_layers, num_heads, _ = ring.blocks.shape
+        blocks = torch.empty(num_layers, MAX_STEPS, num_heads, most_picks, dtype=torch.int64, device=device)
+        picks = StepPicks(blocks, torch.empty(blocks.shape, dtype=torch.float32, device=device))
         count = torch.zeros(1, dtype=torch.int32, device=device)
         parity = torch.zeros_like(count)
         return cls(
@@ -82,8 +102,31 @@ class StepState:
             count=count,
             parity=parity,
             drawn=torch.zeros(1 + MAX_STEPS, dtype=torch.int64, device=device),
-            memories=[new_memory(layer, num_tokens, count, parity) for layer in state.layers],
+            picks=picks,
+            ring=ring,
+            memories=_memories(state, num_tokens, picks, (count, parity)),
         )
+
+
+def new_ring(config: SalaConfig, device: torch.device) -> PickRing:
+    """Room for the picks of an answer's last rows."""
+    return new_pick_ring((RING_ROWS, *picks_shape(config)), device)
+
+
+def _memories(
+    state: ModelState, num_tokens: int, picks: StepPicks, counters: tuple[Tensor, Tensor]
+) -> list[LayerMemory]:
+    of_layer = (
+        StepPicks(blocks[None], weights[None]) for blocks, weights in zip(picks.blocks, picks.weights, strict=True)
+    )
+    memories: list[LayerMemory] = []
+    for layer in state.layers:
+        if isinstance(layer, SparseState):
+            memories.append(new_sparse_memory(layer, num_tokens, next(of_layer)))
+        else:
+            assert isinstance(layer, LightningState)
+            memories.append(new_lightning_memory(layer, *counters))
+    return memories
 
 
 class Step:
@@ -116,7 +159,7 @@ class Step:
         hidden = self._model.embedded(fed)
         for (mixer, mlp), memory in zip(self._model.layers, state.memories, strict=True):
             hidden = mlp(mixer.step(hidden, memory, place))
-        tokens, drawn = self._choose(self._model.model.logits(self._model.normed(hidden)))
+        tokens, drawn = self._choose(self._model.normed(hidden))
         if self._num_rows == 1:
             state.count.fill_(1)
             state.tokens[:1].copy_(tokens)
@@ -126,6 +169,7 @@ class Step:
             state.tokens[:1].copy_(tokens.gather(0, state.count.long() - 1))
         state.drawn[:1].copy_(state.count)
         state.drawn[1 : 1 + self._num_rows].copy_(drawn)
+        keep_picks(state.ring, state.picks.first(self._num_rows), state.position)
         state.position.add_(state.count)
         state.parity.bitwise_xor_(1)
         self._choose.advance(state.count)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from salalocal.kernels.backend import compute_capability, dependent_launch, entry_of_card, tl, triton
-from salalocal.kernels.block_attention.prefill import LOG2_E, check_supported
+from salalocal.kernels.block_attention.prefill import check_supported
+from salalocal.kernels.head_tiles import LOG2_E
 from salalocal.kernels.kv_cache import KeyValues
 
 MAX_ROWS = 16  # a step of speculative decoding; more rows are prefill's

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from salalocal.errors import BackendError
 from salalocal.kernels.backend import compute_capability, entry_of_card, tl, triton
+from salalocal.kernels.head_tiles import FINEST_SIDE, LOG2_E, check_head_tiles
 from salalocal.kernels.kv_cache import KeyValues
 
-LOG2_E = 1.4426950408889634
-FINEST_SIZE = 16  # what tl.dot takes at least
 _NO_BLOCK = 2**20  # more than any block number, with room for the bits of a row beside it
 
 
@@ -219,20 +218,14 @@ def prefill_constants(
 def check_supported(q: Tensor, cached: KeyValues, blocks: Tensor, block_size: int) -> None:
     """Raises BackendError for what no kernel of the block attention knows."""
     k, v = cached.keys, cached.values
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or k.dtype not in (q.dtype, torch.int8):
-        raise BackendError(
-            f"block attention of {q.dtype} and {k.dtype}: one of bf16, fp16, fp32 is needed, or int8 keys"
-        )
-    if any(x.stride(-1) != 1 for x in (q, k, v, blocks)):
-        raise BackendError("block attention: the last axis of q, k, v and blocks must be dense")
+    sides = {"heads per KV head": q.shape[2] // k.shape[2], "head size": q.shape[3], "block size": block_size}
+    check_head_tiles("block attention", {"q": q, "k": k, "v": v, "blocks": blocks}, sides)
+    if k.dtype not in (q.dtype, torch.int8):
+        raise BackendError(f"block attention of {q.dtype} and {k.dtype}: keys of one dtype with q are needed, or int8")
     strides = {scales.stride() for scales in (cached.key_scales, cached.value_scales) if scales is not None}
     if len(strides) > 1:
         raise BackendError("block attention: the scales of keys and values must lie alike")
-    sizes = {"heads per KV head": q.shape[2] // k.shape[2], "head size": q.shape[3], "block size": block_size}
-    for name, size in sizes.items():
-        if size & (size - 1) or size > 256:
-            raise BackendError(f"block attention: {name} is {size}, a power of two up to 256 is needed")
-    if min(q.shape[3], block_size) < FINEST_SIZE:
+    if min(q.shape[3], block_size) < FINEST_SIDE:
         raise BackendError(f"block attention: head size {q.shape[3]}, block size {block_size}: at least 16 are needed")
     if k.shape[1] > _NO_BLOCK * block_size:
         raise BackendError(f"block attention: {k.shape[1]:,} keys, at most {_NO_BLOCK * block_size:,} are supported")

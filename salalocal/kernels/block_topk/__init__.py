@@ -20,18 +20,23 @@ import torch
 from torch import Tensor
 
 from salalocal.kernels.backend import use_triton
-from salalocal.kernels.block_topk.decode import MAX_ROWS, block_topk_decode
+from salalocal.kernels.block_topk.decode import MAX_ROWS, PickRecord, block_topk_decode, num_picks
 from salalocal.kernels.block_topk.geometry import BlockGeometry
-from salalocal.kernels.block_topk.prefill import FINEST_DIM, block_topk_triton
+from salalocal.kernels.block_topk.pick_weights import pick_weights
+from salalocal.kernels.block_topk.prefill import block_topk_triton
 from salalocal.kernels.block_topk.reference import block_topk_definition, block_topk_reference
+from salalocal.kernels.head_tiles import FINEST_SIDE, fits_shared_memory
 
 __all__ = [
     "BlockGeometry",
+    "PickRecord",
     "block_topk",
     "block_topk_decode",
     "block_topk_definition",
     "block_topk_reference",
     "block_topk_triton",
+    "num_picks",
+    "pick_weights",
 ]
 
 
@@ -39,7 +44,7 @@ def block_topk(
     q: Tensor, k1: Tensor, k2: Tensor, first_position: int, num_tokens: int, geometry: BlockGeometry, scale: float
 ) -> Tensor:
     """What the model calls; see `block_topk_reference`."""
-    is_known = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] >= FINEST_DIM
+    is_known = fits_shared_memory(q) and q.shape[-1] >= FINEST_SIDE
     if not (is_known and use_triton(q, k1, k2)):
         return block_topk_reference(q, k1, k2, first_position, num_tokens, geometry, scale)
     if q.shape[0] == 1 and q.shape[1] <= MAX_ROWS:

@@ -1,9 +1,10 @@
 """The block choice for one or a few rows on a GPU, spread over the whole card; see the package.
 
-Three launches, none of which needs a number from the host, so a captured step stays valid as the sequence grows:
+Launches, none of which needs a number from the host, so a captured step stays valid as the sequence grows:
     normalise   every program: peak and sum of exp over its slice of the coarse keys
     score       every program: the normaliser out of all slices, then the block scores of its slice
     choose      one program a row and KV head: the largest scores, bit by bit
+    weigh       where a record is wanted: the scores of what was chosen
 The position of the first row is read from the device. Scores are logarithms in fp32, as for many rows.
 """
 
@@ -24,9 +25,10 @@ from salalocal.kernels.backend import (
     triton,
 )
 from salalocal.kernels.block_topk.geometry import BlockGeometry
-from salalocal.kernels.block_topk.prefill import LOG2_E, check_supported
+from salalocal.kernels.block_topk.prefill import check_supported
 from salalocal.kernels.block_topk.reference import heads_per_group
 from salalocal.kernels.block_topk.scoring import LOWEST, largest_of_lists, log_sum_over_heads, row_and_head
+from salalocal.kernels.head_tiles import LOG2_E
 
 MAX_ROWS = 16  # a step of speculative decoding; more rows are prefill's
 _MOST_BLOCKS = 2**16  # that the search for the largest can count
@@ -191,15 +193,69 @@ def _choose_kernel(
         tl.store(picks_ptr + columns, forced.to(tl.int64), mask=is_forced)
 
 
+@triton.jit
+def _weigh_kernel(
+    starts_ptr, ends_ptr, position_ptr, picks_ptr, weights_ptr, num_groups, num_picks, sparse_from, capacity,
+    stride_pt, stride_pg,
+    PICKS_TILE: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, FREE: tl.constexpr,
+    BUDGET: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: the scores of what one row and KV head picked by them, -inf for what is picked always."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row, group = tl.program_id(0), tl.program_id(1)
+    position = tl.load(position_ptr).to(tl.int32) + row
+    own = position // BLOCK
+    if (own >= BUDGET) & (position >= sparse_from):
+        at = row * stride_pt + group * stride_pg + tl.arange(0, PICKS_TILE)
+        lists = (row * num_groups + group) * capacity
+        columns = tl.arange(0, PICKS_TILE)
+        is_free = (columns >= INIT) & (columns < INIT + FREE)
+        picked = tl.load(picks_ptr + at, mask=is_free, other=0)
+        scores, _ = _block_scores(starts_ptr + lists, ends_ptr + lists, picked, INIT, own - LOCAL)
+        tl.store(weights_ptr + at, tl.where(is_free, scores, float("-inf")), mask=columns < num_picks)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PickRecord:
+    """Where a step leaves what it picked, and how large the scores were.
+
+    Shapes: picks int64 [1, T, Hkv, S], as the result; weights, if wanted, fp32 of the same shape and strides: the
+    binary logarithm of P_x, see the package, for the picks that it decided, -inf for all others. Rows that pick every
+    block leave theirs as they are.
+    """
+
+    picks: Tensor
+    weights: Tensor | None = None
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises: ValueError unless both have this shape."""
+        picks, weights = self.picks, self.weights
+        if picks.shape != shape or picks.dtype != torch.int64 or picks.stride(3) != 1:
+            raise ValueError(f"picks are {tuple(picks.shape)} {picks.dtype}, needed is int64 {shape}")
+        if weights is None:
+            return
+        if weights.shape != shape or weights.dtype != torch.float32 or weights.stride() != picks.stride():
+            raise ValueError(f"weights of picks are {tuple(weights.shape)} {weights.dtype}, needed is fp32 {shape}")
+
+
 def block_topk_decode(
-    q: Tensor, k1: Tensor, k2: Tensor, position: Tensor, geometry: BlockGeometry, scale: float, sparse_from: int = 0
+    q: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    position: Tensor,
+    geometry: BlockGeometry,
+    scale: float,
+    sparse_from: int = 0,
+    record: "PickRecord | None" = None,
 ) -> Tensor:
     """The blocks of up to 16 rows, the first of which sits at `position`; k1 and k2 may hold room for more keys.
 
     Launches are the same for every position. A row whose position is below `sparse_from` picks every block up to its
-    own, which is dense attention, and the result has room for them.
+    own, which is dense attention, and the result has room for them. `record`: memory for the result and its weights.
     Shapes: q [1, T, Hq, D]; k1 [1, N1, Hkv, D]; k2 [1, N2, Hkv, D]; position int32 or int64 [1] on the device; result
-    int64 [1, T, Hkv, S], S = max(budget, ceil(sparse_from / block_size)), -1 behind the last.
+    int64 [1, T, Hkv, S], S = `num_picks`, -1 behind the last.
     Raises: ValueError for shapes that do not fit; BackendError for a geometry or dtype that is not known.
     """
     if q.shape[0] != 1 or not 1 <= q.shape[1] <= MAX_ROWS:
@@ -218,10 +274,10 @@ def block_topk_decode(
     starts, ends = torch.empty(
         2, row_tiles * constants["ROWS"], num_groups, capacity, dtype=torch.float32, device=q.device
     )
-    num_picks = max(geometry.budget, -(-sparse_from // geometry.block_size))
-    picks = torch.empty(1, num_rows, num_groups, num_picks, dtype=torch.int64, device=q.device)
-    pdl = dependent_launch(q.device)
-    settings = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **pdl}
+    wanted = (1, num_rows, num_groups, num_picks(geometry, sparse_from))
+    record = record or PickRecord(torch.empty(wanted, dtype=torch.int64, device=q.device))
+    record.check(wanted)
+    settings = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **dependent_launch(q.device)}
     q_strides = (q.stride(1), q.stride(2))
     _normalise_kernel[(num_parts, num_groups, row_tiles)](
         q, k2, position, parts, num_rows, scale * LOG2_E, *q_strides, k2.stride(1), k2.stride(2),
@@ -232,15 +288,37 @@ def block_topk_decode(
         *q_strides, k1.stride(1), k1.stride(2), PARTS=triton.next_power_of_2(num_parts),
         **_only(constants, "ROWS HEADS DIM KEYS PER_BLOCK BLOCK LOCAL PRECISION STAGES HAS_ASM"), **settings,
     )  # fmt: skip
+    _choose(starts, ends, position, record, constants, sparse_from)
+    return record.picks
+
+
+def _choose(
+    starts: Tensor, ends: Tensor, position: Tensor, record: PickRecord, constants: dict[str, Any], sparse_from: int
+) -> None:
+    """The launches behind the scores."""
+    _, num_rows, num_groups, most_picks = record.picks.shape
+    capacity = starts.shape[2]
     blocks = max(2, triton.next_power_of_2(capacity))
     if blocks > _MOST_BLOCKS:
-        raise BackendError(f"block choice: {k1.shape[1]:,} pooled keys, {_MOST_BLOCKS:,} blocks are supported")
+        raise BackendError(f"block choice: {capacity:,} blocks, {_MOST_BLOCKS:,} are supported")
+    counts = (num_groups, most_picks, sparse_from, capacity, *record.picks.stride()[1:3])
+    settings = {
+        "PICKS_TILE": triton.next_power_of_2(most_picks),
+        **_only(constants, "BLOCK INIT LOCAL FREE BUDGET"),
+        **dependent_launch(starts.device),
+    }
     _choose_kernel[(num_rows, num_groups)](
-        starts, ends, position, picks, num_groups, num_picks, sparse_from, capacity, picks.stride(1), picks.stride(2),
-        BLOCKS=blocks, PICKS_TILE=triton.next_power_of_2(num_picks),
-        **_only(constants, "BLOCK INIT LOCAL FREE BUDGET"), num_warps=choose_warps(blocks), **pdl,
-    )  # fmt: skip
-    return picks
+        starts, ends, position, record.picks, *counts, BLOCKS=blocks, num_warps=choose_warps(blocks), **settings
+    )
+    if record.weights is not None:
+        _weigh_kernel[(num_rows, num_groups)](
+            starts, ends, position, record.picks, record.weights, *counts, num_warps=1, **settings
+        )
+
+
+def num_picks(geometry: BlockGeometry, sparse_from: int) -> int:
+    """The most blocks that a row of a step picks."""
+    return max(geometry.budget, -(-sparse_from // geometry.block_size))
 
 
 def choose_warps(blocks: int) -> int:

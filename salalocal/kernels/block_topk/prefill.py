@@ -25,10 +25,9 @@ from salalocal.kernels.block_topk.scoring import (
     row_and_head,
     sum_over_heads,
 )
+from salalocal.kernels.head_tiles import FINEST_SIDE, LOG2_E, check_head_tiles
 
-LOG2_E = 1.4426950408889634
 SMALLEST_SUM = tl.constexpr(2.0**-100)  # heads that vanish below fp32 are then below its rounding
-FINEST_DIM = 16  # what tl.dot takes at least
 _MOST_ROWS = 8  # whose lists are cut at once: they pass through shared memory
 
 
@@ -372,7 +371,7 @@ def prefill_constants(
     segment_blocks = launch.segment_tiles * keys // geometry.pooled_per_block
     can_halve = not launch.has_tma and keys >= 16 * launch.high and geometry.pooled_per_block % launch.high == 0
     return {
-        "ROWS": max(FINEST_DIM // heads, min(_MOST_ROWS, launch.tile_rows // heads), 1),
+        "ROWS": max(FINEST_SIDE // heads, min(_MOST_ROWS, launch.tile_rows // heads), 1),
         "HEADS": heads,
         "DIM": dim,
         "KEYS": keys,
@@ -398,15 +397,11 @@ def prefill_constants(
 def check_supported(q: Tensor, k1: Tensor, k2: Tensor, heads: int, geometry: BlockGeometry) -> None:
     """Raises BackendError for what no kernel of the block choice knows."""
     dim = q.shape[-1]
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not q.dtype == k1.dtype == k2.dtype:
-        raise BackendError(f"block choice of {q.dtype}, {k1.dtype}, {k2.dtype}: one of bf16, fp16, fp32 is needed")
-    if any(x.stride(-1) != 1 for x in (q, k1, k2)):
-        raise BackendError("block choice: the last axis of q, k1 and k2 must be dense")
-    sizes = {"heads per KV head": heads, "head size": dim, "pooled keys per block": geometry.pooled_per_block}
-    for name, size in sizes.items():
-        if size & (size - 1) or size > 256:
-            raise BackendError(f"block choice: {name} is {size}, a power of two up to 256 is needed")
-    if dim < FINEST_DIM or geometry.overlap != 1 or min(geometry.local_blocks, geometry.free_blocks) < 1:
+    sides = {"heads per KV head": heads, "head size": dim, "pooled keys per block": geometry.pooled_per_block}
+    check_head_tiles("block choice", {"q": q, "k1": k1, "k2": k2}, sides)
+    if not q.dtype == k1.dtype == k2.dtype:
+        raise BackendError(f"block choice of {q.dtype}, {k1.dtype}, {k2.dtype}: one dtype is needed")
+    if dim < FINEST_SIDE or geometry.overlap != 1 or min(geometry.local_blocks, geometry.free_blocks) < 1:
         raise BackendError(f"block choice: head size {dim} with {geometry} is not supported")
     if geometry.reach < geometry.coarse_kernel_size:
         raise BackendError(f"block choice: rows beyond {geometry.reach} tokens may see no coarse key: {geometry}")

@@ -1,4 +1,10 @@
-"""The block choice in plain torch: the formula row by row, and the form that a CPU runs; see the package."""
+"""The block choice in plain torch: the formula row by row, and the form that a CPU runs; see the package.
+
+How the reference works. `_draft` scores in fp32, which is fast, and bounds how far rounding may have moved a score.
+Rows whose last picked and first rejected block lie further apart than that have their choice. The others (1 to 6 in a
+hundred on text), and calls that `_draft` does not know, are scored by `_block_scores` in float64. So every row picks
+what the exact scores say, and no chunk, tile or thread has a say in it.
+"""
 
 import math
 from collections.abc import Iterator
@@ -10,8 +16,13 @@ from torch import Tensor
 from salalocal.kernels.block_topk.geometry import BlockGeometry
 from salalocal.kernels.pooled_keys import num_pooled
 
+MAX_DRAFT_SCORES = 1 << 18  # fp32 scores held at once, of all heads; 1 MiB, the size of a core's own cache
 MAX_TILE_SCORES = 1 << 18  # scores per head held at once; 2 MiB in float64
 MIN_TILE_ROWS = 32  # fewer rows make slow products, so for very many keys the keys are cut as well
+LOG2_E = math.log2(math.e)
+UNIT = 2.0**-24  # largest relative error of one rounding in fp32
+LOG_SLACK = 2e-5  # bounds what rounding does to a score's logarithm, to base two, beside that of its products
+LEAST_SCORE = 2.0**-100  # below, fp32 loses digits
 TIE_SLACK = 1e-11  # float64 inputs only: their scores are not rounded to fp32, so equal keys differ in the last bits
 
 
@@ -56,12 +67,12 @@ def _pick_row(heads: Tensor, k1: Tensor, k2: Tensor, p: int, geometry: BlockGeom
 def block_topk_reference(
     q: Tensor, k1: Tensor, k2: Tensor, first_position: int, num_tokens: int, geometry: BlockGeometry, scale: float
 ) -> Tensor:
-    """Pick in tiles of rows, comparing the logarithms of the scores in fp32 (float64 for float64).
+    """Pick by the logarithms of the scores, rounded to fp32 (float64 for float64), ties to the lower block.
 
     Products are float64 until they are rounded for the comparison, and scaled only once summed, which leaves those of
     half-precision keys exact. A matrix product adds in an order that depends on its shape and on the place in it; in
-    fp32 that would break ties between equal keys and let the chunk decide near ties. The price is a tenth of the
-    layer's time. As logarithms no score overflows and no ranking is lost to underflow.
+    fp32 that would break ties between equal keys and let the chunk decide near ties.
+    As logarithms no score overflows and no ranking is lost to underflow.
     Only the blocks that the scores can decide are scored: neither the init nor the local ones, and no block of a row
     whose blocks all fit in the budget. Memory is bounded for any number of keys.
 
@@ -81,32 +92,142 @@ def block_topk_reference(
         local = own[num_short:, None] - torch.arange(geometry.local_blocks, -1, -1, device=q.device)
         picks[:, num_short:, :, : geometry.init_blocks] = every[: geometry.init_blocks]
         picks[:, num_short:, :, geometry.budget - geometry.local_blocks - 1 :] = local[:, None]
+    if num_short == num_rows or not geometry.free_blocks:
+        return picks
+    free = picks[..., geometry.init_blocks : geometry.init_blocks + geometry.free_blocks]
+    unsure = torch.arange(num_short, num_rows, device=q.device)
+    if _has_draft(q.dtype, first_position + num_short, geometry):
+        unsure = _draft(q, k1, k2, first_position, num_short, geometry, scale, free)
     tile = max(MIN_TILE_ROWS, MAX_TILE_SCORES // (batch * num_heads * max(1, k1.shape[1])))
-    free = slice(geometry.init_blocks, geometry.init_blocks + geometry.free_blocks)
-    for start in range(num_short, num_rows if geometry.free_blocks else 0, tile):
-        end = min(start + tile, num_rows)
-        scores = _block_scores(q[:, start:end], k1, k2, first_position + start, geometry, scale)
-        picks[:, start:end, :, free] = _largest(scores, geometry.free_blocks) + geometry.init_blocks
+    for rows in unsure.split(tile) if len(unsure) else ():
+        scores = _block_scores(q[:, rows], k1, k2, first_position + rows, geometry, scale)
+        free[:, rows] = _largest(scores, geometry.free_blocks) + geometry.init_blocks
     return picks
 
 
+def _has_draft(dtype: torch.dtype, position: int, geometry: BlockGeometry) -> bool:
+    """Whether rows from `position` on see a coarse key and all windows of the blocks that they may pick."""
+    sees_windows = geometry.window_size >= geometry.kernel_size - geometry.kernel_stride
+    sees_coarse = num_pooled(position + 1, geometry.coarse_kernel_size, geometry.coarse_kernel_stride) > 0
+    return dtype != torch.float64 and sees_windows and sees_coarse
+
+
+def _draft(
+    q: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    first_position: int,
+    first_row: int,
+    geometry: BlockGeometry,
+    scale: float,
+    picks: Tensor,
+) -> Tensor:
+    """Pick for the rows from `first_row` on in fp32, into `picks` [B, T, Hkv, free blocks]; returns the unsure rows.
+
+    Keys have much in common, which no ranking feels: products with their distances from a centre are small, and so is
+    what rounding does to them. A sum of D products is off by less than D * UNIT times both lengths; the scores that
+    `_block_scores` compares have not been centred and are off by their own rounding.
+    """
+    batch, num_rows, num_heads, _ = q.shape
+    own = (first_position + num_rows - 1) // geometry.block_size
+    num_blocks = own - geometry.local_blocks
+    centre = k2.mean(1, keepdim=True, dtype=torch.float32)
+    fine, coarse = k1[:, : num_blocks * geometry.pooled_per_block] - centre, k2 - centre
+    length = fine.norm(dim=-1).amax(1) + coarse.norm(dim=-1).amax(1)  # [B, Hkv]
+    weight = (q.shape[-1] + 12) * length + 2 * (length + centre.norm(dim=-1)[:, 0])
+    fine, coarse = fine.permute(0, 2, 3, 1), coarse.permute(0, 2, 3, 1)
+    queries = torch.unflatten(q.float() * (scale * LOG2_E), 2, (k1.shape[2], -1)).permute(0, 2, 3, 1, 4)
+    unsure = []
+    tile = max(1, MAX_DRAFT_SCORES // (batch * num_heads * max(1, num_blocks)))
+    for start in range(first_row, num_rows, tile):
+        rows = slice(start, min(start + tile, num_rows))
+        positions = first_position + torch.arange(rows.start, rows.stop, device=q.device)
+        row_queries = queries[:, :, :, rows]
+        error = UNIT * row_queries.norm(dim=-1).amax(2) * weight[..., None] + LOG_SLACK
+        scores = _draft_scores(row_queries, fine, coarse, positions, geometry)
+        chosen, is_sure = _largest_of_draft(*scores, error, geometry.free_blocks)
+        picks[:, rows] = (chosen + geometry.init_blocks).transpose(1, 2)
+        unsure.append(start + (~is_sure).any(0).any(0).nonzero()[:, 0])
+    return torch.cat(unsure)
+
+
+def _largest_of_draft(own: Tensor, pooled: Tensor, error: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of drafted scores, and whether the exact ones choose the same: [..., count] and [...].
+
+    `error` bounds that of their logarithms. Neighbours often tie, by a window that both have: where no window of its
+    own lifts the later one, the earlier has all that it has, so it goes first whatever was rounded.
+    Shapes: own and pooled [..., X], pooled with a score of 0 behind the last; error [...].
+    """
+    top = pooled.topk(count + 2)
+    before, last_in, first_out, after = F.pad(top.values, (1, 0), value=math.inf)[..., -4:].unbind(-1)
+    earlier, later = top.indices[..., -3:-1].aminmax(dim=-1)
+    certain = (-2 * error).exp2()
+    is_apart = first_out < last_in * certain
+    is_lifted = own.gather(-1, later[..., None])[..., 0] >= last_in * certain
+    is_pair_alone = (first_out < before * certain) & (after < last_in * certain)
+    is_sure = is_apart | ((later == earlier + 1) & ~is_lifted & is_pair_alone)
+    is_sure &= (last_in > LEAST_SCORE) & top.values[..., 0].isfinite()
+    chosen = top.indices[..., :count]
+    chosen[..., -1] = chosen[..., -1].where(is_apart, earlier)
+    return chosen.sort(-1).values, is_sure
+
+
+def _draft_scores(
+    queries: Tensor, fine: Tensor, coarse: Tensor, positions: Tensor, geometry: BlockGeometry
+) -> tuple[Tensor, Tensor]:
+    """The same as P_x of the windows that start in a block alone, and P_x itself, in fp32, [B, Hkv, T, X + 1].
+
+    They are those of the blocks between the init and the local ones; 0 where a row may not pick, and in the last place.
+    Windows that start at the same place of every block are scored together, so that a block's score is the larger of
+    whole rows of them. Shapes: queries [B, Hkv, G, T, D], scaled to logarithms of base two; pooled keys [B, Hkv, D, J].
+    """
+    flat = queries.flatten(2, 3)
+    normaliser = _draft_normaliser(flat, coarse, positions, geometry)
+    per_block = geometry.pooled_per_block
+    row_blocks = positions // geometry.block_size
+    num_blocks = int(row_blocks[-1]) - geometry.local_blocks
+    own, pooled = queries.new_zeros(2, *fine.shape[:2], len(positions), num_blocks + 1)
+    for place in range(per_block):
+        logs = flat @ fine[..., place : num_blocks * per_block : per_block]
+        scores = torch.unflatten(logs.sub_(normaliser).exp2_(), 2, queries.shape[2:4]).sum(2)
+        for later in range(min(num_blocks, 1 + (geometry.overlap + place) // per_block)):
+            reached = (pooled if later else own)[..., later:num_blocks]
+            torch.maximum(reached, scores[..., : num_blocks - later], out=reached)
+    torch.maximum(own, pooled, out=pooled)
+    first_local = int(row_blocks[0]) - geometry.local_blocks  # of the first row; later rows have later ones
+    blocks = torch.arange(first_local, num_blocks, device=positions.device)
+    is_local = blocks >= (row_blocks - geometry.local_blocks)[:, None]
+    pooled[..., first_local:num_blocks].masked_fill_(is_local, 0.0)
+    return own[..., geometry.init_blocks :], pooled[..., geometry.init_blocks :]
+
+
+def _draft_normaliser(flat: Tensor, coarse: Tensor, positions: Tensor, geometry: BlockGeometry) -> Tensor:
+    """Logarithm of the sum of powers over the coarse keys that each row sees, [B, Hkv, G * T, 1]."""
+    seen = _num_visible(positions, geometry.coarse_kernel_size, geometry.coarse_kernel_stride)
+    least = int(seen[0])
+    logs = flat @ coarse[..., : int(seen[-1])]
+    is_hidden = torch.arange(least, logs.shape[-1], device=seen.device) >= seen[:, None]
+    torch.unflatten(logs, 2, (-1, len(seen)))[..., least:].masked_fill_(is_hidden, -math.inf)
+    peak = logs.amax(-1, keepdim=True)
+    return logs.sub_(peak).exp2_().sum(-1, keepdim=True).log2_().add_(peak)
+
+
 def _block_scores(
-    q: Tensor, k1: Tensor, k2: Tensor, first_position: int, geometry: BlockGeometry, scale: float
+    q: Tensor, k1: Tensor, k2: Tensor, positions: Tensor, geometry: BlockGeometry, scale: float
 ) -> Tensor:
     """Log of P_x of the blocks between the init and the local ones, [B, T, Hkv, X]; -inf where a row may not pick.
 
-    A constant per row and KV head is left out, which cannot change a ranking.
+    Rows stand at `positions` [T], ascending. A constant per row and KV head is left out, which cannot change a ranking.
     """
     queries = torch.unflatten(q.double(), 2, (k1.shape[2], -1)).permute(0, 2, 3, 1, 4)  # [B, Hkv, G, T, D]
-    positions = first_position + torch.arange(q.shape[1], device=q.device)
     seen = _num_visible(positions, geometry.kernel_size, geometry.kernel_stride)
     seen_coarse = _num_visible(positions, geometry.coarse_kernel_size, geometry.coarse_kernel_stride)
     normaliser = _log_normaliser(queries, k2, seen_coarse, scale)
-    if num_pooled(first_position + 1, geometry.coarse_kernel_size, geometry.coarse_kernel_stride) == 0:
+    if not seen_coarse[0]:
         normaliser = normaliser.where((seen_coarse > 0)[:, None], _log_normaliser(queries, k1, seen, scale))
     shift = normaliser.amin(2, keepdim=True) - normaliser
 
-    end_block = (first_position + q.shape[1] - 1) // geometry.block_size - geometry.local_blocks
+    end_block = int(positions[-1]) // geometry.block_size - geometry.local_blocks
     start = geometry.pooled_per_block * geometry.init_blocks - geometry.overlap
     end = geometry.pooled_per_block * end_block
     first, last = max(start, 0), min(end, k1.shape[1])

@@ -3,7 +3,7 @@
     linear                any rows: chooses between `gemv` and `route`; what `quant.linear` calls
     gemv/                 1 to 16 rows, at the speed of reading weights: `words` and `stream` to 4 rows, `tiles` to 16
     activations_by_group  what `gemv` takes: int8 in groups of 128 features; a row's even ones before its odd ones
-    vocabulary            1 to 16 rows behind `gemv`: logits, the largest, the k largest, of an 8-bit output matrix
+    vocabulary            1 to 16 rows behind `gemv`: the likeliest token of a packed output matrix
     route                 17 rows and more: unpack in registers up to `FUSED_ROWS`, into a scratch beyond
     activations_by_row    what `route` takes: int8 or fp8 with a scale a row; even before odd in each block of 128
     gemm                  17 rows to 128, 512 or (int8) 1,024: words unpacked in registers, int8 or bf16 math

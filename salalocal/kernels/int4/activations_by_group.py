@@ -105,9 +105,8 @@ def _grouped_activations_kernel(
     row = tl.program_id(0).to(tl.int64)
     groups = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     columns = groups[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
-    inside = (groups < K // _GROUP)[
-        :, None
-    ]  # by the group: Triton sees that neighbours share it, and loads them at once
+    # By the group: Triton sees that neighbours share it, and loads them at once.
+    inside = (groups < K // _GROUP)[:, None]
     x = tl.load(x_ptr + row * row_stride + columns, mask=inside, other=0.0)
     wide = x.to(tl.float32)
     if NORM:

@@ -241,7 +241,7 @@ def quantize_rows_triton(x: Tensor, dtype: torch.dtype = torch.int8) -> Quantize
     (words,), in_words = _in_words(rows)
     _quantize_rows_kernel[(len(rows),)](
         words, *made, words.stride(0), rows.shape[1], LIMIT=LIMITS[dtype], BLOCK=block, IN_WORDS=in_words,
-        **_launch(block),
+        **_settings(block),
     )  # fmt: skip
     return made
 
@@ -250,7 +250,7 @@ def split_rows_triton(x: Tensor) -> Tensor:
     """`to_split_order` in one pass. Raises: BackendError for rows that are too long or not of whole blocks."""
     rows, block = _as_rows(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _split_rows_kernel[(len(rows),)](rows, y, rows.stride(0), rows.shape[1], BLOCK=block, **_launch(block))
+    _split_rows_kernel[(len(rows),)](rows, y, rows.stride(0), rows.shape[1], BLOCK=block, **_settings(block))
     return y
 
 
@@ -263,7 +263,7 @@ def rms_norm_quantize_rows_triton(
     (words, gain), in_words = _in_words(rows, weight.unsqueeze(0))
     _rms_norm_quantize_rows_kernel[(len(rows),)](
         words, gain, *made, words.stride(0), rows.shape[1], eps, LIMIT=LIMITS[dtype], BLOCK=block, IN_WORDS=in_words,
-        HAS_ASM=HAS_INLINE_ASM, **_launch(block),
+        HAS_ASM=HAS_INLINE_ASM, **_settings(block),
     )  # fmt: skip
     return made
 
@@ -278,7 +278,7 @@ def swiglu_quantize_triton(gate: Tensor, up: Tensor, dtype: torch.dtype = torch.
     (gate_words, up_words), in_words = _in_words(gates, ups)
     _swiglu_quantize_kernel[(len(gates),)](
         gate_words, up_words, *made, gate_words.stride(0), up_words.stride(0), gates.shape[1], LIMIT=LIMITS[dtype],
-        BLOCK=block, IN_WORDS=in_words, HAS_ASM=HAS_INLINE_ASM, **_launch(block),
+        BLOCK=block, IN_WORDS=in_words, HAS_ASM=HAS_INLINE_ASM, **_settings(block),
     )  # fmt: skip
     return made
 
@@ -300,7 +300,7 @@ def gate_quantize_triton(
     _gate_quantize_kernel[(len(rows),)](
         words, gate_words, weight_words, *made, words.stride(0), gate_words.stride(0), rows.shape[1], eps,
         NORM=norm is not None, LIMIT=LIMITS[dtype], BLOCK=block, IN_WORDS=in_words, HAS_ASM=HAS_INLINE_ASM,
-        **_launch(block),
+        **_settings(block),
     )  # fmt: skip
     return made
 
@@ -383,6 +383,6 @@ def _num_warps(block: int) -> int:
     return min(max(block // 1024, 1), 16)
 
 
-def _launch(block: int) -> dict[str, object]:
+def _settings(block: int) -> dict[str, object]:
     """Without fused multiply-adds the codes are those of the reference."""
     return {"num_warps": _num_warps(block), "enable_fp_fusion": False}

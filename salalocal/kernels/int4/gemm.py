@@ -24,6 +24,7 @@ from salalocal.kernels.backend import HAS_INLINE_ASM, compute_capability, num_mu
 from salalocal.kernels.int4.activations_by_row import QuantizedRows, from_split_order
 from salalocal.kernels.int4.gemm_launch import INT4_BF16_LAUNCH, INT4_INT8_LAUNCH, GemmLaunch, pick_launch
 from salalocal.kernels.int4.int8_gemm import (
+    Ending,
     Residual,
     check_gemm,
     int8_gemm_reference,
@@ -155,6 +156,7 @@ def _int4_gemm_kernel(
     HALF: tl.constexpr = GROUP // 2
     PER_BLOCK: tl.constexpr = 128 // GROUP  # groups in a block of split order
     SUM: tl.constexpr = tl.int32 if IS_INT8 else tl.float32
+    ending = Ending(x_scales, row_scales, residual, factor, y, num_rows, num_columns, residual_stride, y_stride)
     tile = tl.program_id(0)
     row_tile, column_tile = tile_of_program(tile, num_rows, num_columns, ROWS, COLUMNS, SPAN)
     row = row_tile * ROWS + tl.arange(0, ROWS)
@@ -194,10 +196,7 @@ def _int4_gemm_kernel(
             if not IS_INT8:
                 sums = _settled(sums, HAS_ASM)
     if not HAS_SPLITS:
-        store_scaled(
-            sums, row[None, :], column[:, None], x_scales, row_scales, residual, factor, y, num_rows, num_columns,
-            residual_stride, y_stride, IS_INT8, HAS_RESIDUAL,
-        )  # fmt: skip
+        store_scaled(sums, row[None, :], column[:, None], ending, IS_INT8, HAS_RESIDUAL)
     else:
         inside = tl.arange(0, COLUMNS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
         meeting = partials + tile * (num_splits * COLUMNS * ROWS) + inside
@@ -210,10 +209,7 @@ def _int4_gemm_kernel(
                 part = tl.load(meeting + split * (COLUMNS * ROWS), cache_modifier=".cg")
                 sums += part.to(SUM, bitcast=True)
             tl.store(counters + tile, 0)
-            store_scaled(
-                sums, row[None, :], column[:, None], x_scales, row_scales, residual, factor, y, num_rows, num_columns,
-                residual_stride, y_stride, IS_INT8, HAS_RESIDUAL,
-            )  # fmt: skip
+            store_scaled(sums, row[None, :], column[:, None], ending, IS_INT8, HAS_RESIDUAL)
 
 
 def int4_gemm_triton(

@@ -87,66 +87,56 @@ def tile_of_program(program, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS:
     return first + inside % span, inside // span
 
 
+class Ending(NamedTuple):
+    """What follows the sums of a tile, inside a kernel: scales, the residual, and where the result goes."""
+
+    x_scales: Any
+    row_scales: Any
+    residual: Any
+    factor: Any
+    y: Any
+    num_rows: Any
+    num_columns: Any
+    residual_stride: Any
+    y_stride: Any
+
+
 @triton.jit
-def store_scaled(
-    sums,
-    rows,
-    columns,
-    x_scales,
-    row_scales,
-    residual,
-    factor,
-    y,
-    num_rows,
-    num_columns,
-    residual_stride,
-    y_stride,
-    HAS_SCALES: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-):
+def store_scaled(sums, rows, columns, ending, HAS_SCALES: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
     """Scale a tile, join the residual, store it. rows and columns broadcast to the shape of sums, either way round."""
+    y, num_rows, num_columns = ending.y, ending.num_rows, ending.num_columns
     is_there = (rows < num_rows) & (columns < num_columns)
     values = sums.to(tl.float32)
     if HAS_SCALES:
-        values = values * tl.load(x_scales + rows, mask=rows < num_rows, other=0.0)
-        values = values * tl.load(row_scales + columns, mask=columns < num_columns, other=0.0)
+        values = values * tl.load(ending.x_scales + rows, mask=rows < num_rows, other=0.0)
+        values = values * tl.load(ending.row_scales + columns, mask=columns < num_columns, other=0.0)
     rows = rows.to(tl.int64)
     if HAS_RESIDUAL:
-        joined = tl.load(residual + rows * residual_stride + columns, mask=is_there, other=0.0)
-        values = joined.to(tl.float32) + values * factor
-    tl.store(y + rows * y_stride + columns, values.to(y.dtype.element_ty), mask=is_there)
+        joined = tl.load(ending.residual + rows * ending.residual_stride + columns, mask=is_there, other=0.0)
+        values = joined.to(tl.float32) + values * ending.factor
+    tl.store(y + rows * ending.y_stride + columns, values.to(y.dtype.element_ty), mask=is_there)
 
 
 @triton.jit
 def _store_swiglu(
-    sums,
-    row_tile,
-    column_tile,
-    x_scales,
-    row_scales,
-    y,
-    num_rows,
-    num_columns,
-    y_stride,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HAS_ASM: tl.constexpr,
+    sums, row_tile, column_tile, ending, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_ASM: tl.constexpr
 ):
     """Scale a tile whose columns are gate and up in turn, and store their gated activation. sums [ROWS, COLUMNS].
 
     Neighbouring columns are sums of the same thread: taking them apart moves nothing.
     """
+    y, num_rows = ending.y, ending.num_rows
     DTYPE: tl.constexpr = y.dtype.element_ty
-    half = num_columns // 2
+    half = ending.num_columns // 2
     row = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
     both = column_tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    values = sums.to(tl.float32) * tl.load(x_scales + row, mask=row < num_rows, other=0.0)
-    values *= tl.load(row_scales + both // 2 + both % 2 * half, mask=both < num_columns, other=0.0)
+    values = sums.to(tl.float32) * tl.load(ending.x_scales + row, mask=row < num_rows, other=0.0)
+    values *= tl.load(ending.row_scales + both // 2 + both % 2 * half, mask=both < ending.num_columns, other=0.0)
     gate, up = tl.split(tl.reshape(values.to(DTYPE).to(tl.float32), [ROWS, COLUMNS // 2, 2]))
     silu = (gate * sigmoid(gate, HAS_ASM)).to(DTYPE).to(tl.float32)
     column = column_tile * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)[None, :]
     is_there = (row < num_rows) & (column < half)
-    tl.store(y + row.to(tl.int64) * y_stride + column, (silu * up).to(DTYPE), mask=is_there)
+    tl.store(y + row.to(tl.int64) * ending.y_stride + column, (silu * up).to(DTYPE), mask=is_there)
 
 
 @triton.jit
@@ -154,15 +144,7 @@ def _store_tile(
     sums,
     row_tile,
     column_tile,
-    x_scales,
-    row_scales,
-    residual,
-    factor,
-    y,
-    num_rows,
-    num_columns,
-    residual_stride,
-    y_stride,
+    ending,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     EPILOGUE: tl.constexpr,
@@ -170,29 +152,54 @@ def _store_tile(
 ):
     """What follows the sums of a tile. EPILOGUE: plain, residual or swiglu."""
     if EPILOGUE == "swiglu":
-        _store_swiglu(
-            sums, row_tile, column_tile, x_scales, row_scales, y, num_rows, num_columns, y_stride, ROWS, COLUMNS,
-            HAS_ASM,
-        )  # fmt: skip
+        _store_swiglu(sums, row_tile, column_tile, ending, ROWS, COLUMNS, HAS_ASM)
     elif EPILOGUE == "residual":  # by halves: sums and residual together are more than the registers hold
         left, right = tl.split(tl.permute(tl.reshape(sums, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
         row = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
         column = column_tile * COLUMNS + tl.arange(0, COLUMNS // 2)[None, :]
-        store_scaled(
-            left, row, column, x_scales, row_scales, residual, factor, y, num_rows, num_columns, residual_stride,
-            y_stride, True, True,
-        )  # fmt: skip
-        store_scaled(
-            right, row, column + COLUMNS // 2, x_scales, row_scales, residual, factor, y, num_rows, num_columns,
-            residual_stride, y_stride, True, True,
-        )  # fmt: skip
+        store_scaled(left, row, column, ending, True, True)
+        store_scaled(right, row, column + COLUMNS // 2, ending, True, True)
     else:
         row = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
         column = column_tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        store_scaled(
-            sums, row, column, x_scales, row_scales, residual, factor, y, num_rows, num_columns, residual_stride,
-            y_stride, True, False,
-        )  # fmt: skip
+        store_scaled(sums, row, column, ending, True, False)
+
+
+@triton.jit
+def _int8_gemm_tile(
+    tile,
+    x,
+    w,
+    num_features,
+    ending,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SPAN: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_TMA: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    HAS_ASM: tl.constexpr,
+):
+    """One tile, from its place to the memory."""
+    num_rows, num_columns = ending.num_rows, ending.num_columns
+    row_tile, column_tile = tile_of_program(tile, num_rows, num_columns, ROWS, COLUMNS, SPAN)
+    if not HAS_TMA:
+        row = row_tile * ROWS + tl.arange(0, ROWS)
+        column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+        feature = tl.arange(0, DEPTH)
+        x_tile = x + tl.where(row < num_rows, row, 0).to(tl.int64)[:, None] * num_features + feature[None, :]
+        w_tile = w + tl.where(column < num_columns, column, 0).to(tl.int64)[None, :] * num_features + feature[:, None]
+    sums = tl.zeros([ROWS, COLUMNS], tl.int32)
+    for start in tl.range(0, num_features, DEPTH, num_stages=STAGES):
+        if HAS_TMA:
+            left = x.load([row_tile * ROWS, start])
+            right = w.load([column_tile * COLUMNS, start]).T
+        else:
+            left = tl.load(x_tile + start)
+            right = tl.load(w_tile + start)
+        sums = tl.dot(left, right, sums, out_dtype=tl.int32)
+    _store_tile(sums, row_tile, column_tile, ending, ROWS, COLUMNS, EPILOGUE, HAS_ASM)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -215,69 +222,26 @@ def _int8_gemm_kernel(
     SPAN: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_TMA: tl.constexpr,
+    WALKS: tl.constexpr,
     EPILOGUE: tl.constexpr,
     HAS_ASM: tl.constexpr,
 ):
-    """One program a tile. x and w are pointers, or descriptors with blocks [ROWS, DEPTH] and [COLUMNS, DEPTH]."""
-    row_tile, column_tile = tile_of_program(tl.program_id(0), num_rows, num_columns, ROWS, COLUMNS, SPAN)
-    row = row_tile * ROWS + tl.arange(0, ROWS)
-    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    if not HAS_TMA:
-        feature = tl.arange(0, DEPTH)
-        x_tile = x + tl.where(row < num_rows, row, 0).to(tl.int64)[:, None] * num_features + feature[None, :]
-        w_tile = w + tl.where(column < num_columns, column, 0).to(tl.int64)[None, :] * num_features + feature[:, None]
-    sums = tl.zeros([ROWS, COLUMNS], tl.int32)
-    for start in tl.range(0, num_features, DEPTH, num_stages=STAGES):
-        if HAS_TMA:
-            left = x.load([row_tile * ROWS, start])
-            right = w.load([column_tile * COLUMNS, start]).T
-        else:
-            left = tl.load(x_tile + start)
-            right = tl.load(w_tile + start)
-        sums = tl.dot(left, right, sums, out_dtype=tl.int32)
-    _store_tile(
-        sums, row_tile, column_tile, x_scales, row_scales, residual, factor, y, num_rows, num_columns, residual_stride,
-        y_stride, ROWS, COLUMNS, EPILOGUE, HAS_ASM,
-    )  # fmt: skip
+    """x and w are pointers, or descriptors with blocks [ROWS, DEPTH] and [COLUMNS, DEPTH].
 
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _int8_gemm_walk_kernel(
-    x,
-    w,
-    x_scales,
-    row_scales,
-    residual,
-    factor,
-    y,
-    num_rows,
-    num_columns,
-    num_features,
-    residual_stride,
-    y_stride,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    SPAN: tl.constexpr,
-    STAGES: tl.constexpr,
-    HAS_TMA: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    HAS_ASM: tl.constexpr,
-):
-    """The same by programs that walk over tiles: the first loads of a tile are on their way while the one before it is
-    stored. x and w are descriptors."""
-    num_tiles = tl.cdiv(num_rows, ROWS) * tl.cdiv(num_columns, COLUMNS)
-    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
-        row_tile, column_tile = tile_of_program(tile, num_rows, num_columns, ROWS, COLUMNS, SPAN)
-        sums = tl.zeros([ROWS, COLUMNS], tl.int32)
-        for start in range(0, num_features, DEPTH):
-            left = x.load([row_tile * ROWS, start])
-            right = w.load([column_tile * COLUMNS, start]).T
-            sums = tl.dot(left, right, sums, out_dtype=tl.int32)
-        _store_tile(
-            sums, row_tile, column_tile, x_scales, row_scales, residual, factor, y, num_rows, num_columns,
-            residual_stride, y_stride, ROWS, COLUMNS, EPILOGUE, HAS_ASM,
-        )  # fmt: skip
+    One program a tile; or with WALKS programs that walk over tiles: the first loads of a tile are on their way while
+    the one before it is stored.
+    """
+    ending = Ending(x_scales, row_scales, residual, factor, y, num_rows, num_columns, residual_stride, y_stride)
+    if WALKS:
+        num_tiles = tl.cdiv(num_rows, ROWS) * tl.cdiv(num_columns, COLUMNS)
+        for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
+            _int8_gemm_tile(
+                tile, x, w, num_features, ending, ROWS, COLUMNS, DEPTH, SPAN, STAGES, HAS_TMA, EPILOGUE, HAS_ASM
+            )
+    else:
+        _int8_gemm_tile(
+            tl.program_id(0), x, w, num_features, ending, ROWS, COLUMNS, DEPTH, SPAN, STAGES, HAS_TMA, EPILOGUE, HAS_ASM
+        )
 
 
 def int8_gemm_triton(
@@ -288,7 +252,10 @@ def int8_gemm_triton(
     residual: Residual | None = None,
     launch: GemmLaunch | None = None,
 ) -> Tensor:
-    """Raises: ValueError for shapes that do not belong together; BackendError for features not in blocks of 128."""
+    """One program a tile, or programs that walk over tiles, by the launch.
+
+    Raises: ValueError for shapes that do not belong together; BackendError for features not in blocks of 128.
+    """
     check_gemm(x.codes, (w.shape[0], w.shape[1]), out, residual)
     _launch(x, w, row_scales, out, residual, "plain" if residual is None else "residual", launch)
     return out
@@ -297,7 +264,7 @@ def int8_gemm_triton(
 def int8_swiglu_triton(
     x: QuantizedRows, w: Tensor, row_scales: Tensor, out: Tensor, launch: GemmLaunch | None = None
 ) -> Tensor:
-    """Raises: ValueError for shapes that do not belong together; BackendError for features not in blocks of 128."""
+    """The same with pairs of rows. Raises: as `int8_gemm_triton`, and ValueError for rows that are not in pairs."""
     num_outputs = w.shape[0] // 2
     if w.shape[0] % 2:
         raise ValueError(f"w is {tuple(w.shape)}: its rows are not in pairs")
@@ -323,9 +290,8 @@ def _launch(
     num_programs = triton.cdiv(num_rows, launch.rows) * triton.cdiv(num_columns, launch.columns)
     if launch.walks:
         num_programs = min(num_programs, launch.programs * num_multiprocessors(w.device))
-    kernel = _int8_gemm_walk_kernel if launch.walks else _int8_gemm_kernel
     joined = out if residual is None else residual.values
-    kernel[(num_programs,)](
+    _int8_gemm_kernel[(num_programs,)](
         operand(x.codes.contiguous(), (launch.rows, launch.depth), launch),
         operand(w.contiguous(), (launch.columns, launch.depth), launch),
         x.scales,
@@ -344,6 +310,7 @@ def _launch(
         SPAN=launch.span,
         STAGES=launch.num_stages,
         HAS_TMA=launch.has_tma,
+        WALKS=launch.walks,
         EPILOGUE=epilogue,
         HAS_ASM=HAS_INLINE_ASM,
         num_warps=launch.num_warps,

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from salalocal.kernels.backend import HAS_TRITON, OLDEST_CAPABILITY, compute_capability
 from salalocal.kernels.int4.activations_by_group import ACTIVATION_GROUP, RawActivations, float_activations
-from salalocal.kernels.int4.gemv import MAX_TOKENS, PLAIN, PackedMatrix, Scratch, int4_gemv
+from salalocal.kernels.int4.gemv import MAX_TOKENS, PLAIN, Activations, PackedMatrix, Scratch, int4_gemv
 from salalocal.kernels.int4.route import Int4Scratch, Math, choose, int4_matmul, new_scratch, prepare
 from salalocal.kernels.int4.scratch import GROUP_SIZES, Int4Weight
+from salalocal.kernels.int4.vocabulary import likeliest_tokens
 from salalocal.kernels.packing import PACKED_BITS
 
 
@@ -59,11 +60,23 @@ def int4_linear(x: Tensor, weight: PackedMatrix, folded: Int4Weight, math: Math,
     if len(rows) == 0:
         return x.new_empty(*x.shape[:-1], len(weight.words))
     if len(rows) <= MAX_TOKENS:
-        is_int8 = math == "int8" or weight.bits == 8
-        values = RawActivations(rows.contiguous()) if is_int8 else float_activations(rows)
-        y = int4_gemv(values, weight, PLAIN, x.dtype, workspace.gemv)
+        y = int4_gemv(_few(rows, weight, math), weight, PLAIN, x.dtype, workspace.gemv)
     else:
         route = choose(len(rows), weight.group_size, math, compute_capability(x.device), weight.bits)
         out = torch.empty(len(rows), len(weight.words), dtype=x.dtype, device=x.device)
         y = int4_matmul(prepare(rows, route), folded, route, workspace.route, out)
     return y.view(*x.shape[:-1], -1)
+
+
+def int4_likeliest(x: Tensor, weight: PackedMatrix, math: Math, workspace: Workspace, is_damaged: Tensor) -> Tensor:
+    """The first of the largest of x @ dequantize(W)^T, as `int4_linear` rounds it, in every row.
+
+    Shapes: x [M, K], 1 to 16 rows; result int64 [M]; is_damaged as `vocabulary` says.
+    """
+    return likeliest_tokens(_few(x, weight, math), weight, is_damaged, workspace.gemv)
+
+
+def _few(rows: Tensor, weight: PackedMatrix, math: Math) -> Activations:
+    """Up to 16 rows as `gemv` takes them."""
+    is_int8 = math == "int8" or weight.bits == 8
+    return RawActivations(rows.contiguous()) if is_int8 else float_activations(rows)

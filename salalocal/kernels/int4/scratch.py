@@ -247,14 +247,16 @@ def decode_int8(weight: Int4Weight, out: Tensor) -> Tensor:
 
 def decode_bf16(weight: Int4Weight, out: Tensor) -> Tensor:
     """Plain weights into `out`."""
-    return (
-        decode_bf16_triton(weight, out) if use_triton(weight.words, out) else out.copy_(decode_bf16_reference(weight))
-    )
+    if use_triton(weight.words, out):
+        return decode_bf16_triton(weight, out)
+    return out.copy_(decode_bf16_reference(weight))
 
 
 def decode_fp8(weight: Int4Weight, out: Tensor) -> Tensor:
     """fp8 weights with one scale an output channel, `fp8_scales`, in split order, into `out`."""
-    return decode_fp8_triton(weight, out) if use_triton(weight.words, out) else out.copy_(decode_fp8_reference(weight))
+    if use_triton(weight.words, out):
+        return decode_fp8_triton(weight, out)
+    return out.copy_(decode_fp8_reference(weight))
 
 
 _KINDS = {"int8": torch.int8, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}

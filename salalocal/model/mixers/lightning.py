@@ -5,13 +5,14 @@ specification, section 6: norm, RoPE, recurrence, norm over all heads, gate, pro
 """
 
 from collections.abc import Mapping
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from salalocal.kernels.gate import sigmoid_gate
 from salalocal.kernels.lightning import lightning, lightning_slopes
-from salalocal.kernels.rotary import rotary
+from salalocal.kernels.rotary import rotary_tables, rotated
 from salalocal.model.config import SalaConfig
 from salalocal.model.layers import Device, LinearFactory, RMSNorm
 from salalocal.model.state import StateSpec, check_names, check_saved
@@ -103,17 +104,32 @@ class LightningMixer(nn.Module):
         """Take the next tokens. Shapes: x [B, T, hidden] -> [B, T, hidden]."""
         shape = self._shape
         num_tokens = x.shape[1]
-        positions = torch.arange(state.num_tokens, state.num_tokens + num_tokens, device=x.device)
         q = self.q_proj(x).unflatten(-1, (shape.num_heads, shape.head_dim))
         k = self.k_proj(x).unflatten(-1, (shape.num_key_value_heads, shape.head_dim))
         v = self.v_proj(x).unflatten(-1, (shape.num_key_value_heads, shape.head_dim))
-        q = rotary(self.q_norm(q), positions, self._rope_theta)
-        k = rotary(self.k_norm(k), positions, self._rope_theta)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        tables = _tables(state.num_tokens, num_tokens, shape.head_dim, self._rope_theta, wide, x.device)
+        q, k = (rotated(y.to(wide), *tables).to(x.dtype) for y in (self.q_norm(q), self.k_norm(k)))
         if shape.num_key_value_heads != shape.num_heads:
             repeats = shape.num_heads // shape.num_key_value_heads
             k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
-        slopes = lightning_slopes(shape.num_heads, state.matrix.dtype).to(x.device)
+        slopes = _slopes(shape.num_heads, state.matrix.dtype, x.device)
         o, matrix = lightning(q, k, v, slopes, self._scale, state.matrix)
         state.advance(matrix, num_tokens)
         y: Tensor = self.o_proj(sigmoid_gate(self.o_norm(o.flatten(2).to(x.dtype)), self.z_proj(x)))
         return y
+
+
+@lru_cache(maxsize=1)  # all layers turn the same tokens, one layer after the other
+def _tables(
+    first: int, num_tokens: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # made inside, they could not be used where gradients are wanted
+        positions = torch.arange(first, first + num_tokens, device=device)
+        return rotary_tables(positions, head_dim, theta, dtype)
+
+
+@cache
+def _slopes(num_heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return lightning_slopes(num_heads, dtype).to(device)

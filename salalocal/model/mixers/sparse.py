@@ -5,6 +5,7 @@ encoded and q, k are not normed. Source: specification, sections 5, 9 and 10.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,20 @@ from salalocal.model.layers import Device, LinearFactory
 from salalocal.model.state import GrowingRows, KVCache, StateSpec, check_names, check_saved
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class PickedRow:
+    """What a row picked, and by which queries. Shapes: blocks integers [B, 1, Hkv, budget]; queries [B, 1, Hq, D]."""
+
+    blocks: Tensor
+    queries: Tensor
+
+
 class SparseState:
     """The past of one sparse layer: keys, values, and the keys pooled over short and over long windows.
 
     Pooled keys are appended as soon as their window is complete and never change; `sparse_from` is the first position
     whose row picks blocks. With keys in 8 bits the last ones are kept unquantized too, in a ring, for windows to come.
+    `picked` says what the newest row picked; None if it read everything, or if that is not known.
     """
 
     def __init__(
@@ -40,6 +50,7 @@ class SparseState:
         self._recent = recent
         self._geometry = geometry
         self.sparse_from = sparse_from
+        self.picked: PickedRow | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -120,7 +131,9 @@ class SparseState:
     def fork(self) -> "SparseState":
         """A second state that goes its own way, at no cost until both append but for the ring, which is copied."""
         pooled = (self._fine.fork(), self._coarse.fork())
-        return self._with(self._cache.fork(), pooled, None if self._recent is None else self._recent.clone())
+        other = self._with(self._cache.fork(), pooled, None if self._recent is None else self._recent.clone())
+        other.picked = self.picked
+        return other
 
     def tensors(self) -> dict[str, Tensor]:
         """Views of the rows in use, named k, v, k1 and k2; with keys in 8 bits k_scales, v_scales and recent too."""
@@ -205,12 +218,14 @@ def attend(q: Tensor, state: SparseState, first_position: int, geometry: BlockGe
     num_dense = max(state.sparse_from, geometry.reach) - first_position
     num_dense = min(max(num_dense, 0), q.shape[1])
     parts = []
+    state.picked = None
     if num_dense > 0:
-        seen = state.key_values.first(first_position + num_dense).widened(q.dtype)
+        seen = state.key_values.first(first_position + num_dense).beside(q)
         parts.append(dense_attention(q[:, :num_dense], seen.keys, seen.values, scale, first_position))
     if num_dense < q.shape[1]:
         rows, first_row = q[:, num_dense:], first_position + num_dense
         blocks = block_topk(rows, state.k1, state.k2, first_row, state.num_tokens, geometry, scale)
+        state.picked = PickedRow(blocks[:, -1:].clone(), rows[:, -1:].clone())
         parts.append(block_attention(rows, state.key_values, blocks, first_row, geometry.block_size, scale))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 

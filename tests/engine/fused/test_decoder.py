@@ -6,6 +6,7 @@ from fused_cases import CPU, packed_model, random_ids, read_by_modules, relative
 
 from salalocal.engine.fused.decoder import Decoder
 from salalocal.engine.fused.model import FusedModel
+from salalocal.engine.picks import PickLog, newest_picks
 from salalocal.engine.sampling import Sampler
 from salalocal.engine.sampling_params import SamplingParams
 from salalocal.errors import NumericError, StateError
@@ -64,7 +65,7 @@ def test_drawn_tokens_are_those_of_the_sampler(seed: int, model: FusedModel, top
         compute = model.model.logits
         patch.setattr(model.model, "logits", lambda hidden: logits.append(compute(hidden)) or logits[-1])
         tokens = drawn(Decoder(model, state, Sampler(params), 8), 5, 4)
-    assert tokens[1:] == [sampler.sample(row[0]) for row in logits[:4]]
+    assert tokens[1:] == [sampler.sample(row[0], 131 + place) for place, row in enumerate(logits[:4])]
 
 
 @pytest.mark.parametrize("is_int8", [False, True])
@@ -98,6 +99,39 @@ def test_room_is_made_anew_when_it_is_used_up(seed: int, model: FusedModel, monk
     short = Decoder(model, state, Sampler(GREEDY), 6)
     assert [short.next_token(token) for token in tokens[:6]] == tokens[1:]
     assert state.layers[0].tensors()["s"].device == CPU
+
+
+def test_picks_are_recorded_and_neither_forks_nor_new_room_change_an_answer(
+    seed: int, model: FusedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SamplingParams(max_tokens=8, temperature=0.9, seed=seed)
+    state = read(model, seed, 500)  # eight blocks, of which six are picked
+    other, by_modules, log = state.fork(), state.fork(), PickLog()
+    plain = Decoder(model, other, Sampler(params), 8)
+    assert len(plain.picks()) == 0
+    tokens = drawn(plain, 7, 4)
+    monkeypatch.setattr("salalocal.engine.fused.decoder.ROOM_TOKENS", 3)
+    decoder, forks = Decoder(model, state, Sampler(params), 8), []
+    for step in range(4):
+        assert decoder.next_token(tokens[step]) == tokens[step + 1]
+        if step == 1:
+            forks.append(state.fork())
+    found, expected = decoder.picks(), plain.picks()
+    assert found.positions.tolist() == list(range(500, 504)) and torch.equal(found.positions, expected.positions)
+    assert torch.equal(found.blocks, expected.blocks) and torch.equal(found.weights, expected.weights)
+    late = Decoder(model, forks[0], Sampler(params), 8)
+    assert late.next_token(tokens[2]) == tokens[3], "the number drawn belongs to the position"
+    state.settle()
+    assert newest_picks(state) is None
+    with torch.inference_mode():
+        for token in tokens[:4]:
+            model.model(torch.tensor([[token]]), by_modules)
+            log.take(by_modules)
+    named = log.picks(by_modules, model.model.config)
+    # Two blocks with nearly the same score may change places.
+    is_same = named.blocks == found.blocks
+    assert torch.equal(named.positions, found.positions) and is_same.double().mean() > 0.8
+    torch.testing.assert_close(named.weights[is_same], found.weights[is_same], rtol=0, atol=0.2)
 
 
 def test_a_state_interrupted_in_a_step_is_refused(

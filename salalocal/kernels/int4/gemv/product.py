@@ -1,7 +1,7 @@
 """What is multiplied and what becomes of it: the words that the forms of this product share."""
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ class PackedMatrix(Protocol):
 class Epilogue:
     """What becomes of the products v before they are written. Shapes: residual [M, N].
 
-    plain: factor * v; residual: residual + factor * v; swiglu: silu(v[:N / 2]) * v[N / 2:]; best: a key per program
-    that sorts as its largest factor * v, see `epilogue.ordered_key`.
+    plain: factor * v; residual: residual + factor * v; swiglu: silu(v[:N / 2]) * v[N / 2:]; best: a key per program,
+    that of its largest factor * v as a logit, see `epilogue.logit_key`, for `kernels.int4.vocabulary`.
     """
 
     kind: Literal["plain", "residual", "swiglu", "best"] = "plain"
@@ -76,9 +76,23 @@ class Product:
         return shape_of(self.weight)
 
     @property
-    def residual(self) -> Tensor:
-        """The residual, or in its place any tensor that is not read."""
-        return self.out if self.epilogue.residual is None else self.epilogue.residual
+    def arguments(self) -> dict[str, Any]:
+        """What the kernels of all forms are launched with, by name."""
+        # A tensor that is not read stands for no residual.
+        residual = self.out if self.epilogue.residual is None else self.epilogue.residual
+        return {
+            "scales_ptr": self.weight.scales,
+            "residual_ptr": residual,
+            "out_ptr": self.out,
+            "factor": self.epilogue.factor,
+            "num_tokens": self.num_tokens,
+            "num_rows": self.shape.N,
+            "residual_stride": residual.stride(0),
+            "out_stride": self.out.stride(0),
+            "K": self.shape.K,
+            "GROUP": self.shape.group_size,
+            "EPILOGUE": self.epilogue.kind,
+        }
 
 
 def shape_of(weight: PackedMatrix) -> GemvShape:

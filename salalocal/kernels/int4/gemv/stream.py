@@ -16,7 +16,7 @@ from salalocal.kernels.int4.activations_by_group import (
     GroupedActivations,
     RawActivations,
 )
-from salalocal.kernels.int4.gemv.epilogue import tile_rows, write_token
+from salalocal.kernels.int4.gemv.epilogue import Target, tile_rows, write_token
 from salalocal.kernels.int4.gemv.launch import MAX_WORD_TOKENS, StreamLaunch
 from salalocal.kernels.int4.gemv.product import Product
 from salalocal.kernels.int4.gemv.tiles import ask_for
@@ -191,6 +191,7 @@ def _int4_gemv_stream_kernel(
 ):
     """One program: every num_programs-th set of ROWS rows of the weights, and all TOKENS tokens."""
     CHUNKS: tl.constexpr = K // 8 // SPAN
+    target = Target(residual_ptr, out_ptr, factor, num_tokens, num_rows, residual_stride, out_stride)
     tile = tl.program_id(0)
     stride = tl.num_programs(0)
     num_tiles = (num_rows + ROWS - 1) // ROWS
@@ -225,26 +226,15 @@ def _int4_gemv_stream_kernel(
         words = tl.load(word_ptrs + rows * (K // 8), mask=has_next, other=0)
         scales = tl.load(scale_ptrs + rows * (K // GROUP), mask=has_next, other=0.0)
         v = _products(here, scale, x0, odd0, by0, excess0, CHUNKS, ROWS, SPAN, NATIVE)
-        write_token(
-            v, 0, tile, residual_ptr, out_ptr, factor, num_tokens, num_rows, residual_stride, out_stride, EPILOGUE, ROWS
-        )
+        write_token(v, 0, tile, target, EPILOGUE, ROWS)
         if TOKENS > 1:
             v = _products(here, scale, x1, odd1, by1, excess1, CHUNKS, ROWS, SPAN, NATIVE)
-            write_token(
-                v, 1, tile, residual_ptr, out_ptr, factor, num_tokens, num_rows, residual_stride, out_stride,
-                EPILOGUE, ROWS,
-            )  # fmt: skip
+            write_token(v, 1, tile, target, EPILOGUE, ROWS)
         if TOKENS > 2:
             v = _products(here, scale, x2, odd2, by2, excess2, CHUNKS, ROWS, SPAN, NATIVE)
-            write_token(
-                v, 2, tile, residual_ptr, out_ptr, factor, num_tokens, num_rows, residual_stride, out_stride,
-                EPILOGUE, ROWS,
-            )  # fmt: skip
+            write_token(v, 2, tile, target, EPILOGUE, ROWS)
             v = _products(here, scale, x3, odd3, by3, excess3, CHUNKS, ROWS, SPAN, NATIVE)
-            write_token(
-                v, 3, tile, residual_ptr, out_ptr, factor, num_tokens, num_rows, residual_stride, out_stride,
-                EPILOGUE, ROWS,
-            )  # fmt: skip
+            write_token(v, 3, tile, target, EPILOGUE, ROWS)
         tile += stride
 
 
@@ -260,23 +250,13 @@ def launch_stream(product: Product, launch: StreamLaunch) -> None:
     values, scales, norm = _operands(x)
     gain, eps = (values, 0.0) if norm is None else (norm[0].view(torch.int32), norm[1])
     _int4_gemv_stream_kernel[(num_programs,)](
-        values,
-        values if scales is None else scales,
-        gain,
-        eps,
-        product.weight.words,
-        product.weight.scales,
-        product.residual,
-        product.out,
-        product.epilogue.factor,
-        product.num_tokens,
-        shape.N,
-        product.residual.stride(0),
-        product.out.stride(0),
-        K=shape.K,
-        GROUP=shape.group_size,
+        x_ptr=values,
+        x_scales_ptr=values if scales is None else scales,
+        gain_ptr=gain,
+        eps=eps,
+        words_ptr=product.weight.words,
+        **product.arguments,
         TOKENS=triton.next_power_of_2(product.num_tokens),
-        EPILOGUE=product.epilogue.kind,
         RAW=scales is None,
         NORM=norm is not None,
         ROWS=launch.rows,

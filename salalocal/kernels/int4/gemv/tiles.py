@@ -12,7 +12,7 @@ import torch
 from salalocal.errors import BackendError
 from salalocal.kernels.backend import HAS_INLINE_ASM, dependent_launch, tl, triton
 from salalocal.kernels.int4.activations_by_group import ACTIVATION_GROUP, GroupedActivations
-from salalocal.kernels.int4.gemv.epilogue import ordered_key, tile_rows
+from salalocal.kernels.int4.gemv.epilogue import Target, logit_key, tile_rows
 from salalocal.kernels.int4.gemv.launch import TileLaunch
 from salalocal.kernels.int4.gemv.product import Product, Scratch
 
@@ -101,39 +101,35 @@ def ask_for(octets_ptr, rows, first, row_octets, AHEAD: tl.constexpr):
 def _write_tile(
     acc,
     tile,
-    residual_ptr,
-    out_ptr,
-    factor,
-    num_tokens,
-    num_rows,
-    residual_stride,
-    out_stride,
+    target,
     TOKENS: tl.constexpr,
     EPILOGUE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """The epilogue for a tile: acc [ROWS, TOKENS] fp32 -> memory."""
     tokens = tl.arange(0, TOKENS)[None, :]
+    num_rows, out = target.num_rows, target.out
+    dtype = out.dtype.element_ty
     if EPILOGUE == "swiglu":
         gate, up = tl.split(tl.permute(tl.reshape(acc, [ROWS // 2, 2, TOKENS]), (0, 2, 1)))
         n = tile * (ROWS // 2) + tl.arange(0, ROWS // 2)[:, None]
         y = gate / (1.0 + tl.exp(-gate)) * up
         half = num_rows // 2
-        tl.store(
-            out_ptr + tokens * out_stride + n, y.to(out_ptr.dtype.element_ty), mask=(n < half) & (tokens < num_tokens)
-        )
+        inside = (n < half) & (tokens < target.num_tokens)
+        tl.store(out + tokens * target.out_stride + n, y.to(dtype), mask=inside)
     else:
         n = tile * ROWS + tl.arange(0, ROWS)[:, None]
-        inside = (n < num_rows) & (tokens < num_tokens)
-        y = acc * factor
+        inside = (n < num_rows) & (tokens < target.num_tokens)
+        y = acc * target.factor
         if EPILOGUE == "best":
-            keys = tl.where(n < num_rows, ordered_key(y, n), -0x7FFFFFFFFFFFFFFF)
+            keys = tl.where(n < num_rows, logit_key(y, n), -0x7FFFFFFFFFFFFFFF)
             token = tl.arange(0, TOKENS)
-            tl.store(out_ptr + token * tl.num_programs(0) + tile, tl.max(keys, axis=0), mask=token < num_tokens)
+            tl.store(out + token * target.out_stride + tile, tl.max(keys, axis=0), mask=token < target.num_tokens)
         else:
             if EPILOGUE == "residual":
-                y += tl.load(residual_ptr + tokens * residual_stride + n, mask=inside, other=0.0).to(tl.float32)
-            tl.store(out_ptr + tokens * out_stride + n, y.to(out_ptr.dtype.element_ty), mask=inside)
+                residual = target.residual + tokens * target.residual_stride + n
+                y += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
+            tl.store(out + tokens * target.out_stride + n, y.to(dtype), mask=inside)
 
 
 @triton.jit
@@ -286,6 +282,7 @@ def _int4_gemv_tiles_kernel(
     OCTETS: tl.constexpr = STEP * BITS // 8
     STEPS: tl.constexpr = K // STEP
     PART: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
+    target = Target(residual_ptr, out_ptr, factor, num_tokens, num_rows, residual_stride, out_stride)
     tile = tl.program_id(0)
     part = tl.program_id(1)
     rows = tile_rows(tile, num_rows, EPILOGUE, ROWS)
@@ -310,10 +307,7 @@ def _int4_gemv_tiles_kernel(
     if INT8 and BITS == 4:
         acc *= 0.0625
     if SPLIT == 1:
-        _write_tile(
-            acc, tile, residual_ptr, out_ptr, factor, num_tokens, num_rows, residual_stride, out_stride, TOKENS,
-            EPILOGUE, ROWS,
-        )  # fmt: skip
+        _write_tile(acc, tile, target, TOKENS, EPILOGUE, ROWS)
     else:
         cells = tile * (ROWS * TOKENS) + tl.arange(0, ROWS)[:, None] * TOKENS + tokens[None, :]
         part_size = tl.num_programs(0) * (ROWS * TOKENS)
@@ -323,10 +317,7 @@ def _int4_gemv_tiles_kernel(
             total = tl.zeros([ROWS, TOKENS], tl.float32)
             for other in range(SPLIT):
                 total += tl.load(partials_ptr + other * part_size + cells, cache_modifier=".cg")
-            _write_tile(
-                total, tile, residual_ptr, out_ptr, factor, num_tokens, num_rows, residual_stride, out_stride, TOKENS,
-                EPILOGUE, ROWS,
-            )  # fmt: skip
+            _write_tile(total, tile, target, TOKENS, EPILOGUE, ROWS)
             tl.store(tickets_ptr + tile, 0)
 
 
@@ -339,24 +330,14 @@ def launch_tiles(product: Product, launch: TileLaunch, scratch: Scratch | None) 
     num_tiles = triton.cdiv(shape.N, launch.rows)
     scratch = _fitting(scratch, num_tiles, launch, tokens, x.values.device)
     _int4_gemv_tiles_kernel[num_tiles, launch.split](
-        x.values,
-        x.values if x.scales is None else x.scales,
-        product.weight.words.view(torch.int8),
-        product.weight.scales,
-        product.residual,
-        product.out,
-        product.out if scratch is None else scratch.partials,
-        product.out if scratch is None else scratch.tickets,
-        product.epilogue.factor,
-        product.num_tokens,
-        shape.N,
-        product.residual.stride(0),
-        product.out.stride(0),
-        K=shape.K,
-        GROUP=shape.group_size,
+        x_ptr=x.values,
+        x_scales_ptr=x.values if x.scales is None else x.scales,
+        octets_ptr=product.weight.words.view(torch.int8),
+        partials_ptr=product.out if scratch is None else scratch.partials,
+        tickets_ptr=product.out if scratch is None else scratch.tickets,
+        **product.arguments,
         BITS=shape.bits,
         TOKENS=tokens,
-        EPILOGUE=product.epilogue.kind,
         ROWS=launch.rows,
         SPLIT=launch.split,
         STAGES=launch.num_stages,

@@ -8,7 +8,7 @@ import torch
 
 from salalocal.kernels.backend import HAS_INLINE_ASM, dependent_launch, tl, triton
 from salalocal.kernels.int4.activations_by_group import ACTIVATION_GROUP, GroupedActivations
-from salalocal.kernels.int4.gemv.epilogue import tile_rows, write_token
+from salalocal.kernels.int4.gemv.epilogue import Target, tile_rows, write_token
 from salalocal.kernels.int4.gemv.launch import MAX_WORD_TOKENS, WordLaunch
 from salalocal.kernels.int4.gemv.product import Product
 
@@ -79,6 +79,7 @@ def _int4_gemv_words_kernel(
     """One program: ROWS rows of the weights and TOKENS tokens, WORDS words of each row at a time."""
     ROW_WORDS: tl.constexpr = K * BITS // 32
     STEPS: tl.constexpr = ROW_WORDS // WORDS
+    target = Target(residual_ptr, out_ptr, factor, num_tokens, num_rows, residual_stride, out_stride)
     tile = tl.program_id(0)
     token = tl.program_id(1) * TOKENS
     rows = tile_rows(tile, num_rows, EPILOGUE, ROWS)[:, None]
@@ -127,10 +128,7 @@ def _int4_gemv_words_kernel(
     UNIT: tl.constexpr = 0.0625 if BITS == 4 else 1.0
     for t in tl.static_range(TOKENS):
         acc = acc0 if t == 0 else (acc1 if t == 1 else (acc2 if t == 2 else acc3))
-        write_token(
-            tl.sum(acc, axis=1) * UNIT, token + t, tile, residual_ptr, out_ptr, factor, num_tokens, num_rows,
-            residual_stride, out_stride, EPILOGUE, ROWS,
-        )  # fmt: skip
+        write_token(tl.sum(acc, axis=1) * UNIT, token + t, tile, target, EPILOGUE, ROWS)
 
 
 def launch_words(product: Product, launch: WordLaunch) -> None:
@@ -140,22 +138,12 @@ def launch_words(product: Product, launch: WordLaunch) -> None:
     tokens = min(product.num_tokens, MAX_WORD_TOKENS)
     grid = (triton.cdiv(shape.N, launch.rows), triton.cdiv(product.num_tokens, tokens))
     _int4_gemv_words_kernel[grid](
-        x.values.view(torch.int32),
-        x.scales,
-        product.weight.words,
-        product.weight.scales,
-        product.residual,
-        product.out,
-        product.epilogue.factor,
-        product.num_tokens,
-        shape.N,
-        product.residual.stride(0),
-        product.out.stride(0),
-        K=shape.K,
-        GROUP=shape.group_size,
+        x_ptr=x.values.view(torch.int32),
+        x_scales_ptr=x.scales,
+        words_ptr=product.weight.words,
+        **product.arguments,
         BITS=shape.bits,
         TOKENS=tokens,
-        EPILOGUE=product.epilogue.kind,
         ROWS=launch.rows,
         WORDS=launch.words,
         NATIVE=HAS_INLINE_ASM,
