@@ -1,16 +1,19 @@
 """What the sparse layers pick when a model is asked for a needle, by context length: is its block among them, and do a
 quantized copy's picks agree with the original's.
 
-    python benchmarks/picked_blocks.py --ctx 4k,16k,64k --samples 8 --out picks.json
+    python benchmarks/picked_blocks.py --ctx 8k,16k,32k,64k,128k --samples 8 --out picks.json
     python benchmarks/picked_blocks.py --against builtin --ctx 16k          # overlap with another copy's picks
+    python benchmarks/picked_blocks.py --keys 4 --ctx 16k                   # with other needles beside the asked one
 
-For the rows that write the answer (the last one of the prompt and each token drawn) every sparse layer and KV head has
-a list of picked blocks. Two figures per length:
+The model answers; for each row that writes the answer (the last one of the prompt and each token drawn) every sparse
+layer and KV head has a list of picked blocks. Figures per length:
 
+    right    needles whose value is in the answer
     read     needles whose block some head of some layer reads for the answer's first row, and by how many heads; near
              the ends of the prompt blocks are read whatever is chosen (the first ones and the local ones)
-    overlap  mean over rows, layers and heads of |picks of both| / |picks of the original|, without those blocks; both
-             models read the same prompt and the same answer
+    later    the same for any row of the answer: a name may have to be written before its value is looked for
+    overlap  mean over rows, layers and heads of |picks of both| / |picks of the original|, without the blocks that are
+             always read; both models read the same prompt and the original's answer
 
 The rows of the answer run module by module, where picks can be seen, whatever reads the prompt.
 """
@@ -19,20 +22,18 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from salalocal.evals.asking import Case, Question, Subject
 from salalocal.evals.haystack import Haystack
 from salalocal.evals.needle import NeedleRequest, needle_cases
 from salalocal.kernels.block_topk import BlockGeometry
-from salalocal.model.config import SPARSE
-from salalocal.model.mixers import sparse
+from salalocal.model.mixers.sparse import SparseState, block_geometry
+from salalocal.model.state import ModelState
 from salalocal.prompt.template import document_text
 from salalocal.session.runtime import Runtime
 from salalocal.settings import Settings, parse_tokens
@@ -49,52 +50,57 @@ class Picked:
 Picks = dict[tuple[int, int, int], Picked]
 """By row of the answer, sparse layer, KV head."""
 
-
-@dataclass
-class Recorder:
-    """Notes what `block_topk` gives for the last row of each call, while it is on."""
-
-    calls: list[tuple[Tensor, int, BlockGeometry]]
-
-    def of_answer(self, num_layers: int) -> Picks:
-        """The picks, row by row; calls come in the order of layers."""
-        found: Picks = {}
-        for number, (rows, position, geometry) in enumerate(self.calls):
-            current = position // geometry.block_size
-            first_local = current - geometry.local_blocks
-            for head, picked in enumerate(rows.tolist()):
-                blocks = frozenset(block for block in picked if block >= 0)
-                chosen = frozenset(block for block in blocks if geometry.init_blocks <= block < first_local)
-                found[number // num_layers, number % num_layers, head] = Picked(blocks, chosen)
-        return found
+MAX_ANSWER_TOKENS = 64
 
 
-@contextmanager
-def recording() -> Iterator[Recorder]:
-    """Watch the block choice of the sparse layers."""
-    recorder, original = Recorder([]), sparse.block_topk
+@dataclass(frozen=True)
+class Answered:
+    """Tokens of an answer, without the one that ends it, and what was picked for the rows that write them."""
 
-    def watched(q: Tensor, k1: Tensor, k2: Tensor, first: int, num_tokens: int, *rest: Any) -> Tensor:
-        blocks: Tensor = original(q, k1, k2, first, num_tokens, *rest)
-        recorder.calls.append((blocks[0, -1].cpu(), num_tokens - 1, rest[0]))
-        return blocks
-
-    sparse.block_topk = watched  # type: ignore[attr-defined]
-    try:
-        yield recorder
-    finally:
-        sparse.block_topk = original  # type: ignore[attr-defined]
+    tokens: list[int]
+    picks: Picks
 
 
-def picks(runtime: Runtime, prompt: list[int], answer: list[int]) -> Picks:
-    """What is picked for the rows that write a given answer. Gradients must be off."""
+def answer(runtime: Runtime, prompt: list[int], given: list[int] | None = None) -> Answered:
+    """What is picked while a model answers a prompt, or writes a given answer. Gradients must be off."""
     engine = runtime.engine
-    state = engine.new_state(len(prompt) + len(answer))
+    state = engine.new_state(len(prompt) + MAX_ANSWER_TOKENS)
     engine.prefill(prompt[:-1], state)
-    with recording() as recorder:
-        for token in (prompt[-1], *answer[:-1]):
-            engine.model(torch.tensor([[token]], device=engine.device), state)
-    return recorder.of_answer(runtime.config.mixer_types.count(SPARSE))
+    tokens: list[int] = []
+    picks: Picks = {}
+    row = prompt[-1]
+    while len(tokens) < MAX_ANSWER_TOKENS:
+        hidden = engine.model(torch.tensor([[row]], device=engine.device), state)
+        picks |= newest_picks(state, len(tokens), block_geometry(runtime.config.sparse))
+        row = int(engine.model.logits(hidden[0, -1]).argmax()) if given is None else [*given, -1][len(tokens)]
+        if row < 0 or row in runtime.stop_ids:
+            break
+        tokens.append(row)
+    return Answered(tokens, picks)
+
+
+def newest_picks(state: ModelState, row: int, geometry: BlockGeometry) -> Picks:
+    """What the newest token picked, under the number of its row; nothing where it read everything."""
+    first_local = (state.num_tokens - 1) // geometry.block_size - geometry.local_blocks
+    layers = [layer for layer in state.layers if isinstance(layer, SparseState)]
+    found: Picks = {}
+    for number, layer in enumerate(layers):
+        for head, picked in enumerate([] if layer.picked is None else layer.picked.blocks[0, 0].tolist()):
+            blocks = frozenset(block for block in picked if block >= 0)
+            chosen = frozenset(block for block in blocks if geometry.init_blocks <= block < first_local)
+            found[row, number, head] = Picked(blocks, chosen)
+    return found
+
+
+def overlap(first: Picks, second: Picks) -> float | None:
+    """How many of the blocks chosen by one model another one chooses too; None if there was nothing to choose."""
+    pairs = [(picked.chosen, second[key].chosen) for key, picked in first.items() if picked.chosen]
+    return sum(len(one & other) / len(one) for one, other in pairs) / len(pairs) if pairs else None
+
+
+def prompt_ids(runtime: Runtime, question: Question) -> list[int]:
+    """The tokens of a question with its documents."""
+    return [token for segment in runtime.codec.template.render(question.conversation) for token in segment.ids]
 
 
 def needle_block(runtime: Runtime, question: Question, block_size: int) -> int:
@@ -118,25 +124,30 @@ def needle_block(runtime: Runtime, question: Question, block_size: int) -> int:
 
 
 def measured(runtimes: list[Runtime], case: Case) -> dict[str, Any]:
-    """One needle: whether its block was picked, and how far the second model's picks agree."""
+    """One needle: what is answered, who reads its block, and how far the second model's picks agree."""
     question = case.make()
     first = runtimes[0]
-    prompt = [token for segment in first.codec.template.render(question.conversation) for token in segment.ids]
-    answer = first.tokenizer.encode(question.expected[0])
-    each = [picks(runtime, prompt, answer) for runtime in runtimes]
-    if not each[0]:
+    prompt = prompt_ids(first, question)
+    found = answer(first, prompt)
+    if not found.picks:
         raise ValueError(f"{len(prompt):,} tokens are read densely: nothing is picked")
+    others = [answer(runtime, prompt, found.tokens).picks for runtime in runtimes[1:]]
     block = needle_block(first, question, first.config.sparse.block_size)
-    at_first = [picked for (row, _, _), picked in each[0].items() if row == 0]
-    pairs = [(picked.chosen, each[-1][key].chosen) for key, picked in each[0].items() if picked.chosen]
-    overlaps = [len(one & other) / len(one) for one, other in pairs]
+    reading = {key for key, picked in found.picks.items() if block in picked.all}
+    heads = {key[1:] for key in found.picks}
+    text = first.tokenizer.decode(found.tokens)
     return {
         "length": case.labels["length"],
         "depth": case.labels["depth"],
-        "heads_reading": sum(block in picked.all for picked in at_first),
-        "heads_choosing": sum(block in picked.chosen for picked in at_first),
-        "heads": len(at_first),
-        "overlap": sum(overlaps) / max(1, len(overlaps)),
+        "right": question.mark(text).is_right,
+        "answer": text,
+        "heads_reading": sum(row == 0 for row, _, _ in reading),
+        "heads_choosing": sum(block in found.picks[key].chosen for key in reading if key[0] == 0),
+        "heads_reading_later": len({key[1:] for key in reading}),
+        "layers_reading": sorted({layer for row, layer, _ in reading if row == 0}),
+        "layers_reading_later": sorted({layer for _, layer, _ in reading}),
+        "heads": len(heads),
+        "overlap": overlap(found.picks, others[0] if others else found.picks),
     }
 
 
@@ -144,12 +155,14 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """A line for each length."""
     for length in sorted({row["length"] for row in rows}):
         chosen = [row for row in rows if row["length"] == length]
-        read = sum(row["heads_reading"] > 0 for row in chosen)
-        overlap = sum(row["overlap"] for row in chosen) / len(chosen)
-        heads = sum(row["heads_reading"] for row in chosen) / len(chosen)
+        num, heads = len(chosen), chosen[0]["heads"]
+        read, later = (sum(row[name] > 0 for row in chosen) for name in ("heads_reading", "heads_reading_later"))
+        overlaps = [row["overlap"] for row in chosen if row["overlap"] is not None]
+        shared = f"{sum(overlaps) / len(overlaps):.3f}" if overlaps else "-"
         yield (
-            f"{length:>9,}: needle's block read for {read} of {len(chosen)}, by {heads:.1f} of {chosen[0]['heads']} "
-            f"heads; overlap {overlap:.3f}"
+            f"{length:>9,}: {sum(row['right'] for row in chosen)} of {num} right; needle's block read at first for "
+            f"{read}, by {sum(row['heads_reading'] for row in chosen) / num:.1f} of {heads} heads, later for {later}; "
+            f"overlap {shared}"
         )
 
 
@@ -161,21 +174,22 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--ctx", default="8k,16k")
     parser.add_argument("--samples", type=int, default=4, help="needles of each length, at evenly spaced depths")
+    parser.add_argument("--keys", type=int, default=1, help="needles planted; one of them is asked for")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     lengths = tuple(sorted(parse_tokens(text) for text in arguments.ctx.split(",")))
     names = [arguments.model, *([arguments.against] if arguments.against else [])]
     subjects = [Subject.find(Settings(name, arguments.device), lambda line: None) for name in names]
-    runtimes = [subject.open(max(lengths)) for subject in subjects]
+    runtimes = [subject.open(max(lengths) + MAX_ANSWER_TOKENS) for subject in subjects]
     codec = runtimes[0].codec
-    request = NeedleRequest(lengths, depths=arguments.samples, samples=1)
+    request = NeedleRequest(lengths, depths=arguments.samples, samples=1, keys=arguments.keys)
     rows = []
     for case in needle_cases(request, Haystack.shipped(codec), codec):
         rows.append(measured(runtimes, case))
         print(case.label, rows[-1], file=sys.stderr, flush=True)
     print("\n".join(table(rows)))
     if arguments.out:
-        arguments.out.write_text(json.dumps({"models": names, "rows": rows}, indent=1) + "\n")
+        arguments.out.write_text(json.dumps({"models": names, "keys": arguments.keys, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

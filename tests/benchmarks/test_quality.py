@@ -52,11 +52,43 @@ def test_picks_are_those_of_the_answers_rows(tmp_path: Path, seed: int) -> None:
     num_heads = runtime.config.mixer_types.count("minicpm4") * runtime.config.sparse.num_key_value_heads
     assert [row["depth"] for row in rows] == [100, 0]
     for row in rows:
-        assert row["overlap"] == 1 and row["heads"] == num_heads
-        assert 0 <= row["heads_choosing"] <= row["heads_reading"] <= num_heads
+        assert row["overlap"] in (1, None) and row["heads"] == num_heads
+        assert 0 <= row["heads_choosing"] <= row["heads_reading"] <= row["heads_reading_later"] <= num_heads
+        assert set(row["layers_reading"]) <= set(row["layers_reading_later"])
     assert rows[-1]["heads_reading"] in (0, num_heads) or rows[-1]["heads_choosing"]
     (line,) = picked_blocks.table(rows)
-    assert line.startswith("      512: needle's block read for ") and line.endswith("overlap 1.000")
+    assert line.startswith("      512: 0 of 2 right; needle's block read at first for ")
+
+
+def test_a_given_answer_has_the_picks_of_the_same_answer_drawn(tmp_path: Path, seed: int) -> None:
+    folder = tiny_model.write_tiny_model(tmp_path / "model", seed)
+    runtime = Subject.find(Settings(str(folder), "cpu"), lambda line: None).open(1024)
+    prompt = torch.randint(
+        16, runtime.config.vocab_size, (700,), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
+    with torch.inference_mode():
+        drawn = picked_blocks.answer(runtime, prompt)
+        given = picked_blocks.answer(runtime, prompt, drawn.tokens)
+        other = picked_blocks.answer(runtime, prompt[::-1], drawn.tokens)
+    num_layers = runtime.config.mixer_types.count("minicpm4")
+    # A row each for what is drawn and for the token that ends it, if the room did not end it.
+    rows = {row for row, _, _ in drawn.picks}
+    assert len(rows) in (len(drawn.tokens), len(drawn.tokens) + 1) and max(rows) == len(rows) - 1
+    assert len(drawn.picks) == len(rows) * num_layers * runtime.config.sparse.num_key_value_heads
+    assert {key: given.picks[key] for key in drawn.picks} == drawn.picks
+    assert picked_blocks.overlap(drawn.picks, given.picks) in (1, None)
+    share = picked_blocks.overlap(drawn.picks, other.picks)
+    assert share is None or 0 <= share <= 1
+
+
+def test_overlap_counts_what_the_first_chose() -> None:
+    def picked(*chosen: int) -> picked_blocks.Picked:
+        return picked_blocks.Picked(frozenset({0, *chosen}), frozenset(chosen))
+
+    first = {(0, 0, 0): picked(3, 4), (0, 0, 1): picked(5), (1, 0, 0): picked()}
+    second = {(0, 0, 0): picked(4, 7, 8), (0, 0, 1): picked(5), (1, 0, 0): picked(9)}
+    assert picked_blocks.overlap(first, second) == 0.75
+    assert picked_blocks.overlap({(1, 0, 0): picked()}, second) is None
 
 
 def test_a_needles_block_is_where_its_value_stands(tmp_path: Path, seed: int) -> None:
