@@ -9,6 +9,7 @@ lead from the end of one planted text back to an earlier one, for rows of the do
 the first one, so that an answer can go on from value to value.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -99,6 +100,16 @@ class Placed:
             if self.line[first:stop].strip() != piece.strip():
                 return -1
         return position
+
+
+def is_honest(ask: Ask, documents: list[Document]) -> bool:
+    """Whether a name that an answer says is not there, is not: an invented one may be a word of a real file."""
+    missing = wording.NOT_FOUND.format(k="")
+    if not ask.answer.endswith(missing):
+        return True
+    name = re.escape(ask.answer.removeprefix("The ").removesuffix(missing))
+    is_name = re.compile(rf"(?<![\w-]){name}(?![\w-])")
+    return not any(is_name.search(line) for document in documents for line in document.lines)
 
 
 class NeedleMaker:
@@ -376,7 +387,8 @@ class NeedleMaker:
         for bundle, rows in zip(bundles, places, strict=True):
             placed = [self.placed(documents, line_at, *row) for row in rows]
             spans += [(placed[a.line].position(a.start), placed[b.line].position(b.start)) for a, b in bundle.links]
-            turns += [self.turn(ask, placed, documents) for ask in bundle.asks]
+            asks = [ask for ask in bundle.asks if is_honest(ask, documents)]
+            turns += [self.turn(ask, placed, documents) for ask in asks]
             turns += self.where(placed, bundle, documents)
         rng.shuffle(turns)
         sample = archives.conversation(documents, ids, line_at, path_at, turns, length)

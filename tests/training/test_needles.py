@@ -12,6 +12,7 @@ from training.needles import TASK_WEIGHTS, Ask, Bundle, NeedleMaker
 from training.score import answer_spans
 from training.wording import FOUND, NOT_FOUND
 
+FRAME = re.compile(r"\Auser\n|</?document(?:s|_content)?(?: index=.\d+.)?>|</?source>")
 ABSENT = re.compile(r"(?:The )?(.*) is not in these files\.")
 
 
@@ -46,7 +47,8 @@ def test_answers_are_copied_from_where_their_sources_say(maker: NeedleMaker, len
                 if source >= 0:
                     num_copied += 1
                     assert source < sample.boundary
-                    assert decode([int(sample.ids[row])]).strip() == decode([int(sample.ids[source])]).strip()
+                    written, stands = (decode([int(sample.ids[at])]).strip() for at in (row, source))
+                    assert written.removeprefix("`") == stands  # a path's first id may hold the quote before it
     assert num_copied > 200
 
 
@@ -74,7 +76,8 @@ def test_an_absent_name_is_nowhere_and_any_other_answer_is_there(maker: NeedleMa
         for turn in sample.turns:
             if match := ABSENT.fullmatch(turn.answer):
                 num_absent += 1
-                assert match[1] not in files
+                text = FRAME.sub("", files)
+                assert not re.search(rf"(?<![\w-]){re.escape(match[1])}(?![\w-])", text)
             elif turn.kind in ("constant", "line"):
                 num_found += 1
                 assert turn.answer in files
