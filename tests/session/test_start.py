@@ -23,11 +23,11 @@ def test_the_builtin_model_says_what_it_is_and_what_was_not_measured(
     short: list[str] = []
     open_session(load_settings({"model": "builtin"}), sources, (), short.append)
     assert any("cannot chat or reason" in line for line in short)
-    assert not any("was not measured" in line for line in short)
+    assert not any("one answer in three" in line for line in short)
     monkeypatch.setattr(start, "BUILTIN_TRAINED_TOKENS", 100)
     long: list[str] = []
     open_session(load_settings({"model": "builtin"}), sources, (), long.append)
-    assert any("up to 100 tokens" in line and "was not measured" in line for line in long)
+    assert any("up to 100 tokens" in line and "one answer in three" in line for line in long)
 
 
 def test_files_without_text_and_too_long_ones_fail_before_the_model_is_loaded(
