@@ -3,9 +3,8 @@
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
-from tokenizers import Tokenizer as RawTokenizer
+from training_cases import small_corpus
 
 from salalocal.errors import RequestError
 from salalocal.evals.asking import Subject
@@ -13,27 +12,17 @@ from salalocal.evals.questionnaire import Watch
 from salalocal.settings import Settings
 from training import evaluate
 from training.archive import ArchiveMaker
-from training.corpus import LINE, Corpus, SourceFile
+from training.corpus import Corpus
 from training.evaluate import MISSING, ROOM_TOKENS, WEIGHTS, Archive, archives
 from training.invent import word_list
-from training.tokenizer import BUILTIN
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "beacon"
 EVERY_KIND = [*WEIGHTS, MISSING]
 SILENT = Watch(lambda progress: None, lambda line: None)
 
 
 @pytest.fixture(scope="module")
 def corpus() -> Corpus:
-    tokenizer = RawTokenizer.from_file(str(BUILTIN / "tokenizer.json"))
-    found = []
-    for path in sorted(p for p in EXAMPLE.rglob("*") if p.is_file() and "__pycache__" not in p.parts):
-        lines = LINE.findall(path.read_text().lstrip("\n"))
-        ids = [tokenizer.encode(line, add_special_tokens=False).ids for line in lines]
-        starts = np.cumsum([0, *map(len, ids)])
-        flat = np.array([i for line in ids for i in line], np.uint16)
-        found.append(SourceFile(path.relative_to(EXAMPLE).as_posix(), lines, flat, starts))
-    return Corpus({"beacon": found}, tokenizer)
+    return small_corpus()
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from salalocal.kernels.block_topk.geometry import BlockGeometry
+from salalocal.kernels.block_topk.reference import num_visible
 from salalocal.kernels.pooled_keys import num_pooled
 
 _TILE_NUMBERS = 1 << 22  # of gathered keys, or of coarse products, held at once
@@ -40,8 +41,8 @@ def _weights(
     """q [T, Hq, D], k1 [N1, Hkv, D], picks [T, Hkv, S] -> [T, Hkv, S]."""
     heads = torch.unflatten(q, 1, (k1.shape[1], -1))  # [T, Hkv, G, D]
     positions = first_position + torch.arange(len(q), device=q.device)
-    seen = _num_seen(positions, geometry.kernel_size, geometry.kernel_stride)
-    seen_coarse = _num_seen(positions, geometry.coarse_kernel_size, geometry.coarse_kernel_stride)
+    seen = num_visible(positions, geometry.kernel_size, geometry.kernel_stride)
+    seen_coarse = num_visible(positions, geometry.coarse_kernel_size, geometry.coarse_kernel_stride)
     normaliser = _log_normaliser(heads, k2, seen_coarse, scale)
     if num_pooled(first_position + 1, geometry.coarse_kernel_size, geometry.coarse_kernel_stride) == 0:
         normaliser = normaliser.where((seen_coarse > 0)[:, None, None], _log_normaliser(heads, k1, seen, scale))
@@ -62,7 +63,3 @@ def _log_normaliser(heads: Tensor, pooled: Tensor, seen: Tensor, scale: float) -
     products = scale * torch.einsum("thgd,nhd->thgn", heads, pooled.to(heads.dtype))
     is_hidden = torch.arange(len(pooled), device=seen.device) >= seen[:, None]
     return products.masked_fill(is_hidden[:, None, None], -math.inf).logsumexp(3)
-
-
-def _num_seen(positions: Tensor, kernel: int, stride: int) -> Tensor:
-    return ((positions + 1 - kernel) // stride + 1).clamp(min=0)

@@ -203,7 +203,7 @@ def _draft_scores(
 
 def _draft_normaliser(flat: Tensor, coarse: Tensor, positions: Tensor, geometry: BlockGeometry) -> Tensor:
     """Logarithm of the sum of powers over the coarse keys that each row sees, [B, Hkv, G * T, 1]."""
-    seen = _num_visible(positions, geometry.coarse_kernel_size, geometry.coarse_kernel_stride)
+    seen = num_visible(positions, geometry.coarse_kernel_size, geometry.coarse_kernel_stride)
     least = int(seen[0])
     logs = flat @ coarse[..., : int(seen[-1])]
     is_hidden = torch.arange(least, logs.shape[-1], device=seen.device) >= seen[:, None]
@@ -220,8 +220,8 @@ def _block_scores(
     Rows stand at `positions` [T], ascending. A constant per row and KV head is left out, which cannot change a ranking.
     """
     queries = torch.unflatten(q.double(), 2, (k1.shape[2], -1)).permute(0, 2, 3, 1, 4)  # [B, Hkv, G, T, D]
-    seen = _num_visible(positions, geometry.kernel_size, geometry.kernel_stride)
-    seen_coarse = _num_visible(positions, geometry.coarse_kernel_size, geometry.coarse_kernel_stride)
+    seen = num_visible(positions, geometry.kernel_size, geometry.kernel_stride)
+    seen_coarse = num_visible(positions, geometry.coarse_kernel_size, geometry.coarse_kernel_stride)
     normaliser = _log_normaliser(queries, k2, seen_coarse, scale)
     if not seen_coarse[0]:
         normaliser = normaliser.where((seen_coarse > 0)[:, None], _log_normaliser(queries, k1, seen, scale))
@@ -281,7 +281,7 @@ def _dot_in_parts(queries: Tensor, pooled: Tensor) -> Iterator[Tensor]:
         yield torch.unflatten(products, 2, queries.shape[2:4])
 
 
-def _num_visible(positions: Tensor, kernel: int, stride: int) -> Tensor:
+def num_visible(positions: Tensor, kernel: int, stride: int) -> Tensor:
     """`num_pooled` of every position's own prefix."""
     return ((positions + 1 - kernel) // stride + 1).clamp(min=0)
 
