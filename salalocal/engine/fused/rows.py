@@ -6,6 +6,7 @@ SwiGLU and gate are applied in the kernel that makes that form, so no form is ma
 Shapes: [M, K] bf16 in, row-strided slices too; a row is a token.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -52,7 +53,7 @@ class Rows(Protocol):
         ...
 
 
-class _QuantizedOnce:
+class _QuantizedOnce(ABC):
     """Rows that are quantized once for all the products that ask: maps of several formats may share their input."""
 
     @cached_property
@@ -64,8 +65,8 @@ class _QuantizedOnce:
             self._known[dtype] = self._quantize(dtype)
         return self._known[dtype]
 
-    def _quantize(self, dtype: torch.dtype) -> QuantizedRows:
-        raise NotImplementedError
+    @abstractmethod
+    def _quantize(self, dtype: torch.dtype) -> QuantizedRows: ...
 
 
 @dataclass(frozen=True, eq=False)
