@@ -12,6 +12,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    import interp_bounds  # noqa: F401
     import interp_compat  # noqa: F401
 
 

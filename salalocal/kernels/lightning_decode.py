@@ -349,7 +349,7 @@ class DecodeLaunch:
     num_warps: int
 
 
-LAUNCH = DecodeLaunch(values=16, num_warps=2)
+LAUNCH = DecodeLaunch(values=16, num_warps=4)
 
 
 def speculative_step_triton(

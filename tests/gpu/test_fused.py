@@ -50,6 +50,12 @@ def engine(math: Math = "int8", is_cache_int8: bool = False) -> Engine:
     return made
 
 
+@cache
+def on_cpu() -> Engine:
+    """The same weights in float32, by plain torch."""
+    return Engine(load_model(Checkpoint.open(find_model("builtin")), torch.device("cpu"), torch.float32))
+
+
 def by_modules(fused: Engine) -> Engine:
     """The same weights, module by module."""
     modules = Engine(fused.model, fused.config)
@@ -109,11 +115,15 @@ def assert_greedy(runner: Engine, state: ModelState, tokens: Sequence[int]) -> N
 
 @pytest.mark.parametrize("math", ["bf16", "int8"])
 @pytest.mark.parametrize(("num_tokens", "chunk_size"), [(SPARSE_FROM, 512), (700, 100), (200, 16), (40, 1)])
-def test_dense_rows_are_those_of_the_modules(seed: int, math: Math, num_tokens: int, chunk_size: int) -> None:
+def test_dense_rows_err_no_more_than_those_of_the_modules(
+    seed: int, math: Math, num_tokens: int, chunk_size: int
+) -> None:
     ids, fused = random_ids(seed, num_tokens), engine(math)
-    error = relative_error(fused.logits(ids, chunk_size), by_modules(fused).logits(ids, chunk_size))
-    print(f"{math}, chunks of {chunk_size}: relative error {error:.2e}")
-    assert error < 5e-2
+    exact = on_cpu().logits(ids)
+    error = relative_error(fused.logits(ids, chunk_size), exact)
+    of_modules = relative_error(by_modules(fused).logits(ids, chunk_size), exact)
+    print(f"{math}, chunks of {chunk_size}: relative error {error:.2e}, of the modules {of_modules:.2e}")
+    assert error < 1.5 * of_modules < 0.3
 
 
 @pytest.mark.parametrize("math", ["bf16", "int8"])

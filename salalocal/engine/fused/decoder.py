@@ -105,8 +105,9 @@ class Decoder:
         if run is not None:
             with torch.inference_mode():
                 run.end()
-            del run
             if self._model.model.device.type == "cuda":
+                torch.cuda.synchronize()  # a step that ran ahead still uses the memory that goes back here
+                del run
                 torch.cuda.empty_cache()  # the memory of a graph that is gone comes back in no other way
 
 

@@ -89,7 +89,9 @@ def test_a_small_scratch_is_filled_more_than_once(
     wide = torch.full((9, 64), torch.nan).bfloat16()
     expected = int4_matmul(x, weight, route, whole, torch.empty(9, 40).bfloat16(), residual)
     made = int4_matmul(x, weight, route, small, wide[:, 8:48], residual)
-    assert torch.equal(made, expected) if route == "scratch_int8" else torch.allclose(made, expected, rtol=2**-7)
+    # Sums of floats that nearly cancel differ by the order they are added in.
+    close = {"rtol": 2**-7, "atol": 2**-7 * float(expected.double().std())}
+    assert torch.equal(made, expected) if route == "scratch_int8" else torch.allclose(made, expected, **close)
     assert wide[:, :8].isnan().all() and wide[:, 48:].isnan().all()
 
 
