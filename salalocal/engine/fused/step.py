@@ -8,6 +8,7 @@ were accepted: so drafts can be refused, and a step that ran ahead for nothing h
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -150,7 +151,7 @@ class Step:
             self._has_run = True
             return
         if self._graph is None:
-            self._graph = _captured(self._run)
+            self._graph = _captured(self._run, self._state.position.device)
         self._graph.replay()
 
     def _run(self) -> None:
@@ -183,9 +184,15 @@ def commit(model: FusedModel, state: StepState) -> None:
             mixer.commit(memory)
 
 
-def _captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps memory to work in, some 32 MB, for every stream that it has ever seen."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _captured(run: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
     # Not `torch.cuda.graph`, which empties the allocator's cache before every capture.
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    graph, stream = torch.cuda.CUDAGraph(), _capture_stream(device)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         graph.capture_begin(capture_error_mode="thread_local")
