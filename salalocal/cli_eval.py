@@ -42,6 +42,7 @@ class StudyFlags:
     dtype: Annotated[str | None, typer.Option(metavar="NAME", help="bfloat16, float16 or float32.")] = None
     math: Annotated[str | None, typer.Option(metavar="NAME", help="Products on a card: int8, bf16 or fp8.")] = None
     kv_cache: Annotated[str | None, typer.Option(metavar="NAME", help="Keys and values: bf16 or int8.")] = None
+    kv_place: Annotated[str | None, typer.Option(metavar="NAME", help="Keys and values: on the card or host.")] = None
     out: Annotated[Path | None, typer.Option(metavar="PATH", help="Folder of the records; else among your data.")] = (
         None
     )
@@ -336,7 +337,7 @@ def _going_on(terminal: "Terminal") -> Iterator[None]:
 
 
 def _settings(study: StudyFlags, answers: AnswerFlags | None = None, ctx: str | None = None) -> Settings:
-    names = ("model", "device", "dtype", "math", "kv_cache")
+    names = ("model", "device", "dtype", "math", "kv_cache", "kv_place")
     flags: dict[str, object] = {name: getattr(study, name) for name in names}
     return load_settings({**flags, "max_tokens": answers.max_tokens if answers is not None else None, "ctx": ctx})
 

@@ -14,6 +14,7 @@ from torch import nn
 from salalocal.checkpoint.names import EMBEDDING, HEAD, Shape, TensorSpec, expected_tensors
 from salalocal.engine.engine import Engine, EngineConfig
 from salalocal.engine.load import Placement
+from salalocal.kernels.host_memory import page_locked_empty
 from salalocal.model.config import SalaConfig
 from salalocal.model.sala import SalaModel
 from salalocal.quant.format import StoredMatrix
@@ -88,6 +89,6 @@ def random_engine(
         if len(spec.shape) == 2:
             weight.normal_(0.0, _EMBEDDING_STD if name == EMBEDDING else spec.shape[1] ** -0.5)
         module_name, _, leaf = name.rpartition(".")
-        placed = weight.pin_memory() if is_on_host else weight
+        placed = page_locked_empty(weight.shape, dtype).copy_(weight) if is_on_host else weight
         setattr(model.get_submodule(module_name), leaf, nn.Parameter(placed, requires_grad=False))
     return Engine(model.eval(), engine_config)

@@ -15,6 +15,7 @@ from salalocal.checkpoint.checkpoint import Checkpoint
 from salalocal.checkpoint.names import EMBEDDING
 from salalocal.device import device_memory
 from salalocal.errors import MemoryBudgetError
+from salalocal.kernels.host_memory import page_locked_empty
 from salalocal.kernels.int4.route import Math
 from salalocal.model.sala import SalaModel
 from salalocal.quant import weight_layout
@@ -60,7 +61,8 @@ def load_model(
     model = SalaModel(checkpoint.config, factory, device="meta", dtype=dtype)
     for name in layout.dense:
         if name in on_host:
-            _assign(model, name, checkpoint.tensor(name).to(dtype).pin_memory())
+            table = page_locked_empty(checkpoint.shape(name), dtype)
+            _assign(model, name, table.copy_(checkpoint.tensor(name)))
         else:
             _assign(model, name, checkpoint.tensor(name).to(device=device, dtype=dtype))
     return model.eval()

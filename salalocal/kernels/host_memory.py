@@ -1,5 +1,5 @@
-"""Host memory that a card reads and writes by its address: a shape comes in, a page-locked tensor goes out; for caches
-larger than the card.
+"""Host memory that a card reads and writes by its address: a shape comes in, a page-locked tensor goes out; for the
+embedding table of small cards, and for caches larger than the card.
 
 Kernels take such a tensor like one of their own; torch's operations take it as the CPU tensor that it is, and know
 nothing of kernels under way: see `wait_for_card`. The pages are locked where they are, and as many as were asked for:
@@ -59,5 +59,5 @@ def _unlock(address: int) -> None:
 def _refusal(num_bytes: int, why: str) -> MemoryBudgetError:
     return MemoryBudgetError(
         f"{num_bytes / 2**30:.2f} GiB of host memory cannot be locked for the card: {why}",
-        "close programs that use memory, ask for a shorter context, or leave out --kv-place host",
+        "close programs that use memory, or ask for a shorter context",
     )

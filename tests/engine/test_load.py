@@ -214,7 +214,7 @@ def test_a_table_in_host_memory_is_not_counted_on_the_device(
     table = 4 * config.vocab_size * config.hidden_size
     memory = DeviceMemory(2**30, 4 * config.num_parameters - table)  # just enough for the rest in float32
     monkeypatch.setattr(load_module, "device_memory", lambda device: memory)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # which needs a card
+    monkeypatch.setattr(load_module, "page_locked_empty", lambda shape, dtype: torch.empty(shape, dtype=dtype))
     with pytest.raises(MemoryBudgetError):
         load_model(checkpoint, CPU, torch.float32)
     model = load_model(checkpoint, CPU, torch.float32, Placement(is_embedding_on_host=True))
