@@ -5,7 +5,7 @@ used. SALALOCAL_KERNELS=reference turns the kernels off for a process, to compar
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ __all__ = [
     "dependent_launch",
     "entry_of_card",
     "num_multiprocessors",
+    "on_first_compile",
     "tl",
     "triton",
     "use_triton",
@@ -107,3 +108,16 @@ def _wants_reference() -> bool:
     if value not in ("", "triton", "reference"):
         raise BackendError(f"{KERNELS_VARIABLE}={value[:40]!r} is not known", "use triton or reference")
     return value == "reference"
+
+
+def on_first_compile(notice: Callable[[], object]) -> None:
+    """Call `notice` once, when a kernel was compiled that Triton's cache on disk did not hold: more will follow."""
+    if not HAS_TRITON:
+        return
+
+    def listen(*, cache_hit: bool, **_: Any) -> None:
+        if not cache_hit:
+            triton.knobs.compilation.listener = None
+            notice()
+
+    triton.knobs.compilation.listener = listen

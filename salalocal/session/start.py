@@ -112,13 +112,15 @@ def open_session(settings: Settings, sources: Sources, stop: Sequence[str], tell
         tell(f"the model was made for contexts of up to {made_for:,} tokens")
     if limit is not None and report.total_tokens >= limit:
         raise ContextOverflow(report, limit)
-    from salalocal.session.runtime import LoadOptions, open_runtime  # here, since they import torch
+    from salalocal.kernels.backend import on_first_compile  # here, since they import torch
+    from salalocal.session.runtime import LoadOptions, open_runtime
 
     num_tokens = report.total_tokens + QUESTION_TOKENS + answer_room(sampling.max_tokens)
     options = LoadOptions.of(settings, num_tokens)
     runtime = open_runtime(folder, settings.model, options, codec)
     if runtime.engine.device.type == "cuda":
         tell(runtime.placement)
+        on_first_compile(lambda: tell("compiling kernels for this card, once: this start takes some 30 s longer"))
     elif settings.math is not None:
         tell(f"--math {settings.math} is for cards; this run uses {runtime.engine.device}")
     if is_builtin(settings.model):

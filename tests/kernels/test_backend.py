@@ -1,7 +1,9 @@
 """The one dispatch rule, the stand-ins for Triton, and the interpreter's repairs that every kernel test leans on."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,3 +59,34 @@ def test_kernel_files_can_be_imported_without_triton() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+COMPILING = """
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from salalocal.kernels.backend import on_first_compile
+
+@triton.jit
+def kernel(x_ptr, SIZE: tl.constexpr):
+    at = x_ptr + tl.arange(0, SIZE)
+    tl.store(at, tl.load(at) + 1)
+
+notices = []
+on_first_compile(lambda: notices.append(None))
+for size in SIZES:
+    source = ASTSource(kernel, {"x_ptr": "*fp32", "SIZE": "constexpr"}, {"SIZE": size})
+    triton.compile(source, target=GPUTarget("cuda", 90, 32))
+print(len(notices))
+"""
+
+
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="Triton is not installed")
+def test_the_first_compilation_is_noticed_once_and_a_cached_kernel_is_not(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    for sizes, expected in (((32, 64), "1"), ((32, 64), "0"), ((64, 128), "1")):
+        script = tmp_path / "compiling.py"  # a kernel's source is read from its file
+        script.write_text(COMPILING.replace("SIZES", repr(sizes)))
+        run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=True)
+        assert run.stdout.strip() == expected
