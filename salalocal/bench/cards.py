@@ -1,14 +1,17 @@
 """What other cards promise, and what a measured run would be there: a result and a card come in, a projection goes out.
 
-    projected seconds = seconds_at_least(work) by the card's data sheet / share of the roofline measured here
+    projected seconds = seconds measured here * seconds_at_least(work) there / seconds_at_least(work) here
 
-A projection is arithmetic, not a measurement: it takes for granted that kernels reach the same share there.
+Both by data sheets; where this machine's is not known, by the ceilings that it was measured to have. A projection is
+arithmetic, not a measurement: it takes for granted that kernels reach the same share of the rates there. One thing is
+known better: a Hopper card has product instructions of its own, so int8 products count there for what they reached on
+a Hopper card with those that all cards have.
 Units: bytes, bytes a second; FLOP a second of dense matrix products, bf16 with sums in fp32, and int8.
 Source: NVIDIA's data sheets and architecture papers (Ampere GA102, Ada, Hopper, Blackwell RTX).
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from salalocal.bench.ceilings import Ceilings
@@ -19,19 +22,26 @@ from salalocal.errors import RequestError
 
 _GIB, _GIGA, _TERA = 2**30, 1e9, 1e12
 
+# int8 products on an H100 by mma.sync over those by wgmma: 836 to 916 TFLOP/s over 1,310, see benchmarks/LOG.md.
+_INT8_SHARE_WITHOUT_WGMMA = 0.67
+
 
 @dataclass(frozen=True)
 class Card:
-    """A card by its data sheet."""
+    """A card by its data sheet. `has_wgmma`: it multiplies by Hopper's instructions."""
 
     name: str
     memory_bytes: int
     ceilings: Ceilings
+    has_wgmma: bool = False
 
 
-def _card(name: str, memory_gib: int, gigabytes_per_s: float, bf16_tflops: float, int8_tops: float) -> Card:
+def _card(
+    name: str, memory_gib: int, gigabytes_per_s: float, bf16_tflops: float, int8_tops: float, has_wgmma: bool = False
+) -> Card:
     rate = gigabytes_per_s * _GIGA
-    return Card(name, memory_gib * _GIB, Ceilings(rate, rate, bf16_tflops * _TERA, "bfloat16", int8_tops * _TERA))
+    ceilings = Ceilings(rate, rate, bf16_tflops * _TERA, "bfloat16", int8_tops * _TERA)
+    return Card(name, memory_gib * _GIB, ceilings, has_wgmma)
 
 
 CARDS = {
@@ -50,8 +60,8 @@ CARDS = {
         _card("L4", 24, 300, 121, 242),
         _card("L40S", 48, 864, 362, 733),
         _card("A100", 80, 2039, 312, 624),
-        _card("H100", 80, 3350, 989, 1979),
-        _card("H200", 141, 4800, 989, 1979),
+        _card("H100", 80, 3350, 989, 1979, has_wgmma=True),
+        _card("H200", 141, 4800, 989, 1979, has_wgmma=True),
     )
 }
 
@@ -95,14 +105,24 @@ def _letters(name: str) -> str:
     return "".join(c for c in name.lower().replace("nvidia", "").replace("geforce", "") if c.isalnum())
 
 
-def project(result: SubjectResult, depth: DepthResult, ceilings: Ceilings, card: Card) -> Projection:
-    """What this depth would be on that card."""
+def data_sheet_of(device_name: str) -> Card | None:
+    """The card that a device's name speaks of, such as `NVIDIA H100 80GB HBM3`; None if it is not known."""
+    name = _letters(device_name)
+    found = [card for card in CARDS.values() if _letters(card.name) in name]
+    return max(found, key=lambda card: len(card.name), default=None)
+
+
+def project(result: SubjectResult, depth: DepthResult, here: Card, card: Card) -> Projection:
+    """What this depth, measured on the card `here`, would be on that card."""
     cost, math = result.cost, result.facts.math
+    rates = card.ceilings
+    if here.has_wgmma and not card.has_wgmma and rates.int8_flops_per_s is not None:
+        rates = replace(rates, int8_flops_per_s=rates.int8_flops_per_s * _INT8_SHARE_WITHOUT_WGMMA)
 
     def ratio(works: list[Work]) -> float:
-        """How many times longer the card takes at least than this machine."""
-        there = sum(card.ceilings.seconds_at_least(work, math) for work in works)
-        return there / sum(ceilings.seconds_at_least(work, math) for work in works)
+        """How many times longer that card takes at least than this machine."""
+        there = sum(rates.seconds_at_least(work, math) for work in works)
+        return there / sum(here.ceilings.seconds_at_least(work, math) for work in works)
 
     ends = list(chunk_ends(0, depth.num_tokens, result.facts.chunk_size))
     reading = [cost.read(start, end) for start, end in itertools.pairwise([0, *ends])]

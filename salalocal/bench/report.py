@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from salalocal import __version__
-from salalocal.bench.cards import Card, Projection, project
+from salalocal.bench.cards import Card, Projection, data_sheet_of, project
 from salalocal.bench.ceilings import Ceilings
 from salalocal.bench.walk import DepthResult, SubjectResult
 
@@ -51,11 +51,11 @@ class BenchReport:
     @property
     def projections(self) -> list[Projection]:
         """The results on other cards."""
-        ceilings = self.ceilings
-        if ceilings is None:
+        if self.ceilings is None:
             return []
+        here = data_sheet_of(self.machine.gpu_info) or Card("this machine", 0, self.ceilings)
         return [
-            project(result, depth, ceilings, card)
+            project(result, depth, here, card)
             for card in self.cards
             for result in self.results
             for depth in result.depths
