@@ -2,8 +2,8 @@
 # The whole model on a card, by `salalocal bench`: random int4 weights of the released shape.
 #     benchmarks/model_bench.sh OUT PART[=SECONDS]...
 #     warm    compiles what the other parts launch, in four processes side by side: only fills Triton's cache
+#     int8    4K to 1M, int8 math: the figures that count, so it comes first
 #     dense   4K to 128K with the dense model beside it
-#     int8    4K to 1M, int8 math
 #     bf16    4K to 256K, bf16 math
 #     cap8    256K in 8 GB, int8 cache
 #     cap12   512K in 12 GB
@@ -64,8 +64,8 @@ for part in "$@"; do
     [ "$name" = "$part" ] || seconds=${part#*=}
     case $name in
     warm) warm "$seconds" ;;
-    dense) bench dense "$seconds" --ctx 4k,64k,128k --math int8 --baseline dense ;;
     int8) bench int8 "$seconds" --ctx 4k,64k,128k,256k,512k,1m --math int8 --project "RTX 5090" --project "RTX 3090" ;;
+    dense) bench dense "$seconds" --ctx 4k,64k,128k --math int8 --baseline dense ;;
     bf16) bench bf16 "$seconds" --ctx 4k,64k,128k,256k --math bf16 --project "RTX 5090" --project "RTX 3090" ;;
     cap8) bench cap8 "$seconds" --ctx 64k,256k --math int8 --kv-cache int8 --memory-cap 8g ;;
     cap12) bench cap12 "$seconds" --ctx 256k,512k --math int8 --memory-cap 12g ;;

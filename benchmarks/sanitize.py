@@ -1,28 +1,36 @@
-"""Every kernel once or twice at small but real widths, for compute-sanitizer.
+"""Every kernel once or twice at small but real widths, and whole answers of the built-in model, for compute-sanitizer.
 
     export PYTHONPATH=.
-    python3 benchmarks/sanitize.py --compile      # fills Triton's cache, 14 processes, no sanitizer
-    timeout 70 compute-sanitizer --tool memcheck --error-exitcode 9 python3 benchmarks/sanitize.py
-    timeout 70 compute-sanitizer --tool racecheck --error-exitcode 9 python3 benchmarks/sanitize.py --skip-largest
-    PYTHONPATH=.:tests python3 benchmarks/sanitize.py --dry --seconds 300     # no card: this script
+    python3 benchmarks/sanitize.py --tool memcheck --seconds 75 --out memcheck
+    python3 benchmarks/sanitize.py --tool racecheck --seconds 75 --out racecheck
+    PYTHONPATH=.:tests python3 benchmarks/sanitize.py --dry --seconds 300 [--graphs]     # no card: this script
 
-Every tensor has an allocation of its own (no caching), so that a step past its end is seen. `--only a,b` runs what has
-that in its name, `--part I/N` a share; what was not reached in `--seconds` is told and makes the exit status 3. Not yet
-run on a card.
+`--tool` first fills Triton's cache without the sanitizer (as `--compile` does alone), then runs shares of the cases in
+processes side by side, each under compute-sanitizer, and prints what they found; their whole output lies in --out.
+Triton's kernels need no flags for it. Kernels are run with an allocation for every tensor (no caching), so that a step
+past its end is seen; a captured step cannot be, since a graph takes its memory from torch's cache: `--graphs` runs
+those, with caching, so that only what has gone back to the driver, or never was memory, is seen. Racecheck looks at
+shared memory alone and leaves the graphs out, which hold the same kernels, and the tiles of 256 rows.
+
+`--only a,b` runs what has that in its name, `--part I/N` a share; what was not reached in `--seconds` is told and makes
+the exit status 3. Not covered: torch's own kernels (dense attention, products of the vendor), packed_matmul,
+codebook_matmul and pick_weights, which are torch operations, and launch settings of other cards than the one at hand.
+Not yet run on a card.
 """
 
 import argparse
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
-DRY = "--dry" in sys.argv
+DRY, GRAPHS = "--dry" in sys.argv, "--graphs" in sys.argv
+os.environ.pop("PYTORCH_NO_CUDA_MEMORY_CACHING", None)  # of the process that started this one
 if DRY:
     os.environ["TRITON_INTERPRET"] = "1"
-else:
+elif not GRAPHS:
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import torch  # noqa: E402
@@ -30,13 +38,21 @@ import torch  # noqa: E402
 if DRY:
     import interp_compat  # noqa: F401
 
+from benchmarks.sanitizer_processes import Script, check_by, compile_all  # noqa: E402
+from salalocal.checkpoint.checkpoint import Checkpoint  # noqa: E402
+from salalocal.checkpoint.hub import find_model  # noqa: E402
+from salalocal.engine.engine import Engine, EngineConfig  # noqa: E402
+from salalocal.engine.load import Placement, load_model  # noqa: E402
+from salalocal.engine.sampling_params import SamplingParams  # noqa: E402
 from salalocal.kernels.backend import entry_of_card  # noqa: E402
 from salalocal.kernels.block_attention import KeyValues, block_attention_decode, block_attention_triton  # noqa: E402
+from salalocal.kernels.block_attention.host import host_block_attention  # noqa: E402
 from salalocal.kernels.block_topk import BlockGeometry, block_topk_decode, block_topk_triton  # noqa: E402
 from salalocal.kernels.column_walk import column_walk_triton  # noqa: E402
 from salalocal.kernels.embedding import embed_triton  # noqa: E402
 from salalocal.kernels.gate import sigmoid_gate_triton  # noqa: E402
 from salalocal.kernels.gated_norm import GatedNorm, gated_norm_triton  # noqa: E402
+from salalocal.kernels.host_memory import page_locked_empty  # noqa: E402
 from salalocal.kernels.int4 import activations_by_row as by_row  # noqa: E402
 from salalocal.kernels.int4.activations_by_group import RawActivations, grouped_activations_triton  # noqa: E402
 from salalocal.kernels.int4.gemm import int4_gemm_triton, new_split_workspace  # noqa: E402
@@ -65,6 +81,7 @@ from salalocal.kernels.lightning_decode import (  # noqa: E402
 from salalocal.kernels.lightning_prefill import Recurrence, lightning_prefill_triton  # noqa: E402
 from salalocal.kernels.memory_read import PIECE, read_sums_triton  # noqa: E402
 from salalocal.kernels.norm import rms_norm_triton  # noqa: E402
+from salalocal.kernels.pick_ring import StepPicks, keep_picks_triton, new_pick_ring  # noqa: E402
 from salalocal.kernels.pooled_keys import num_pooled, pooled_keys  # noqa: E402
 from salalocal.kernels.qk_norm_rope import NormRope, qk_norm_rope_triton  # noqa: E402
 from salalocal.kernels.sampling import (  # noqa: E402
@@ -204,12 +221,18 @@ def gemm_cases() -> Iterator[tuple[str, Case]]:
             yield f"int8_gemm {epilogue} {shape}", partial(int8_product, launch, epilogue)
 
 
-def cache_of(is_int8: bool) -> tuple[CacheRows, torch.Tensor, torch.Tensor]:
+def cache_of(is_int8: bool, is_on_host: bool = False) -> tuple[CacheRows, torch.Tensor, torch.Tensor]:
     """A cache appended to in three ways, with keys and values of all its tokens."""
     k, v, room = normal(TOKENS, 2, DIM), normal(TOKENS, 2, DIM), TOKENS + 70
     dtype = torch.int8 if is_int8 else torch.bfloat16
-    codes = [torch.zeros(2, room, DIM, dtype=dtype, device=DEVICE) for _ in range(2)]
-    scales = [torch.zeros(2, room, dtype=torch.bfloat16, device=DEVICE) if is_int8 else None for _ in range(2)]
+
+    def rows_of(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if is_on_host and not DRY:
+            return page_locked_empty(shape, dtype)
+        return torch.zeros(shape, dtype=dtype, device=DEVICE)
+
+    codes = [rows_of((2, room, DIM), dtype) for _ in range(2)]
+    scales = [rows_of((2, room), torch.bfloat16) if is_int8 else None for _ in range(2)]
     recent = normal(RECENT_TOKENS, 2, DIM) if is_int8 else None
     rows = CacheRows(*codes, *scales, normal(2, room // 16, DIM), normal(2, room // 64, DIM), recent)
     at = 0
@@ -240,6 +263,81 @@ def sparse_chunk(is_int8: bool) -> None:
     picks = block_topk_triton(q, k1, k2, TOKENS - num_rows, TOKENS, GEOMETRY, DIM**-0.5)
     held: KeyValues = rows.key_values.first(TOKENS)
     block_attention_triton(q, held, picks, TOKENS - num_rows, GEOMETRY.block_size, DIM**-0.5)
+
+
+def sparse_on_host(is_int8: bool) -> None:
+    """Keys and values in page-locked memory: written there, read there by a row, gathered for many rows."""
+    rows, _, _ = cache_of(is_int8, is_on_host=True)
+    num_rows = 70
+    first = TOKENS - num_rows
+    q, k1, k2 = normal(1, num_rows, HEADS, DIM), *(x.transpose(0, 1)[None] for x in (rows.k1, rows.k2))
+    num_fine = num_pooled(TOKENS, GEOMETRY.kernel_size, GEOMETRY.kernel_stride)
+    num_coarse = num_pooled(TOKENS, GEOMETRY.coarse_kernel_size, GEOMETRY.coarse_kernel_stride)
+    picks = block_topk_triton(q, k1[:, :num_fine], k2[:, :num_coarse], first, TOKENS, GEOMETRY, DIM**-0.5)
+    held: KeyValues = rows.key_values.first(TOKENS)
+
+    def attend(part: torch.Tensor, copies: KeyValues, picked: torch.Tensor, position: int) -> torch.Tensor:
+        return block_attention_triton(part, copies, picked, position, GEOMETRY.block_size, DIM**-0.5)
+
+    host_block_attention(q, held, picks, first, GEOMETRY.block_size, attend)
+    newest = torch.tensor([TOKENS - 1], device=DEVICE)
+    block_attention_decode(q[:, -1:], held, picks[:, -1:], newest, GEOMETRY.block_size, DIM**-0.5)
+
+
+def ring_of_picks() -> None:
+    ring = new_pick_ring((37, 3, 2, 5), DEVICE)
+    blocks = torch.randint(0, 99, (3, 4, 2, 7), device=DEVICE)
+    keep_picks_triton(
+        ring, StepPicks(blocks, torch.rand(blocks.shape, device=DEVICE)), torch.tensor([35], device=DEVICE)
+    )
+
+
+@cache
+def engine(is_cache_int8: bool = False, is_kv_on_host: bool = False) -> Engine:
+    """The built-in model in the dtype of the kernels."""
+    model = load_model(Checkpoint.open(find_model("builtin")), DEVICE, torch.bfloat16, Placement("int8"))
+    return Engine(model, EngineConfig(512, is_cache_int8, not is_kv_on_host, is_kv_on_host))
+
+
+def read_and_answer(runner: Engine, num_tokens: int, params: SamplingParams, num_drawn: int, guesses: bool) -> None:
+    """Read random tokens, draw so many of an answer, and go on from the state, which settles it."""
+    ids = torch.randint(3, 8_000, (num_tokens,)).tolist()
+    if guesses:
+        ids = (ids[:60] * (num_tokens // 60 + 1))[:num_tokens]
+    state = runner.new_state(num_tokens + 64)
+    logits = runner.prefill(ids, state)
+    answer = runner.generate(state, logits, params, guess_from=ids if guesses else ())
+    drawn = list(answer) if num_drawn == params.max_tokens else [next(answer) for _ in range(num_drawn)]
+    if len(drawn) != num_drawn or runner.prefill([5, 6, 7], state) is None:
+        raise RuntimeError(f"{len(drawn)} tokens were drawn, not {num_drawn}")
+
+
+def greedy(num_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=num_tokens, temperature=0.0, is_loop_guarded=False)
+
+
+def answers(num_drawn: int) -> None:
+    """Answers one after the other, of 21 tokens or given up before: a step that ran ahead is under way at their end."""
+    for _ in range(5):
+        read_and_answer(engine(), 300, greedy(21), num_drawn, guesses=False)
+
+
+def graph_cases() -> Iterator[tuple[str, Case]]:
+    """A step is run as it is, then captured, then replayed: so five tokens of an answer at least."""
+    drawn = SamplingParams(max_tokens=9, temperature=0.9, top_p=0.9, top_k=40, seed=7, is_loop_guarded=False)
+    deep = 700 if DRY else 4_500  # of these, rows choose blocks
+    for num_drawn in (21, 11):
+        yield f"answers {num_drawn}", partial(answers, num_drawn)
+    for name, num_tokens, params, guesses in (
+        ("dense", 77, greedy(9), False),
+        ("sparse", deep, greedy(9), False),
+        ("drawn", 77, drawn, False),
+        ("guesses", deep, greedy(40), True),
+    ):
+        yield f"step {name}", lambda n=num_tokens, p=params, g=guesses: read_and_answer(engine(), n, p, p.max_tokens, g)
+    yield "step int8 cache", lambda: read_and_answer(engine(is_cache_int8=True), deep, greedy(9), 9, False)
+    if not DRY:  # a CPU has no memory but the host's
+        yield "step host cache", lambda: read_and_answer(engine(True, True), deep, greedy(9), 9, False)
 
 
 def turn(num_tokens: int) -> NormRope:
@@ -295,7 +393,11 @@ def quantizer() -> None:
 
 
 def cases() -> list[tuple[str, Case]]:
+    if GRAPHS:
+        return list(graph_cases())
     return [
+        ("ring of picks", ring_of_picks),
+        *((f"sparse on host {is_int8}", partial(sparse_on_host, is_int8)) for is_int8 in (False, True)),
         ("rows", row_makers),
         ("vocabulary", vocabulary),
         ("tokens", tokens),
@@ -314,26 +416,26 @@ def cases() -> list[tuple[str, Case]]:
     ]
 
 
-def compile_all() -> None:
-    count = min(14, os.cpu_count() or 1)
-    began = time.monotonic()
-    pool = [subprocess.Popen([sys.executable, __file__, "--part", f"{index}/{count}"]) for index in range(count)]
-    codes = [process.wait() for process in pool]
-    print(f"compiled in {time.monotonic() - began:.0f} s, exit codes {codes}", flush=True)
-    sys.exit(max(codes))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--compile", action="store_true", help="only fill the cache of kernels, by all cores")
+    parser.add_argument("--tool", choices=("memcheck", "racecheck"), help="compile, then run all under this tool")
+    parser.add_argument("--out", default="sanitizer", help="a folder for what the tool writes")
+    parser.add_argument("--graphs", action="store_true", help="whole answers of the built-in model, captured steps")
     parser.add_argument("--part", default="0/1", help="INDEX/COUNT: every COUNT-th case from INDEX on")
     parser.add_argument("--only", default="", help="cases that hold one of these words, by commas")
     parser.add_argument("--skip-largest", action="store_true", help="GEMM tiles of 256 rows, slow under racecheck")
     parser.add_argument("--seconds", type=float, default=50, help="cases that begin later are left out and named")
     parser.add_argument("--dry", action="store_true", help="tiny shapes in the interpreter: checks this script")
     arguments = parser.parse_args()
+    flags = ["--only", arguments.only, *["--dry"] * DRY]
+    if arguments.skip_largest or arguments.tool == "racecheck":
+        flags.append("--skip-largest")
+    script = Script(Path(__file__), tuple(flags), arguments.seconds)
     if arguments.compile:
-        compile_all()
+        sys.exit(compile_all(script))
+    if arguments.tool:
+        sys.exit(check_by(arguments.tool, script, Path(arguments.out)))
     torch.manual_seed(1)
     index, count = map(int, arguments.part.split("/"))
     began, left_out, failed = time.monotonic(), [], []

@@ -1,13 +1,18 @@
 """The small kernels on a card: ours, torch, and torch.compile in one run, as microseconds and shares of copying.
 
     PYTHONPATH=. python3 benchmarks/small_kernels.py --seconds 90 --out small_kernels.json
+    PYTHONPATH=. python3 benchmarks/small_kernels.py --seconds 60 --only rows --out rows.json
 
-A kernel that does not agree with its reference is reported and not timed. Rows are slices of a stacked projection, as
-in the model. 8,192 rows do not fit into the L2 cache; one row is as warm as a projection leaves it.
+torch.compile works in processes side by side first, whose results this one finds in Inductor's cache. A kernel that
+does not agree with its reference is reported and not timed. Rows are slices of a stacked projection, as in the model.
+8,192 rows do not fit into the L2 cache; one row is as warm as a projection leaves it.
 """
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +41,9 @@ from salalocal.kernels.swiglu import swiglu, swiglu_reference
 
 HIDDEN, WIDE, VOCABULARY = 4096, 16_384, 73_448
 TOP_K = 50
+ROWS, NUM_CASES = (8192, 1), 8
+PARTS = ("sampling", "embedding", "rows")
+MEASURING_S = 30.0  # of rows, once everything is compiled
 Call = Callable[[], Any]
 
 
@@ -97,11 +105,44 @@ def relative_error(case: Case) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
+def new_weight() -> Tensor:
+    return (0.5 + torch.rand(HIDDEN, device=DEVICE)).bfloat16()
+
+
+def compiled(case: Case) -> Call:
+    """By torch.compile, for these shapes alone: neither the form of other rows nor of other cases."""
+    torch._dynamo.reset()
+    return torch.compile(case.torch_form, dynamic=False)
+
+
+def compile_share(index: int, count: int) -> None:
+    """Every count-th case of all, called once."""
+    for number, (num_rows, place) in enumerate((rows, place) for rows in ROWS for place in range(NUM_CASES)):
+        if number % count == index:
+            compiled(cases(num_rows, new_weight())[place])()
+    torch.cuda.synchronize()
+
+
+def compile_all(limit_s: float) -> None:
+    """Fill Inductor's cache by all cores; what is not done in time is compiled where it is measured."""
+    began_s = time.monotonic()
+    count = max(1, min(len(ROWS) * NUM_CASES, (os.cpu_count() or 1) - 2))
+    alone = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    pool = [subprocess.Popen([sys.executable, __file__, "--share", f"{i}/{count}"], env=alone) for i in range(count)]
+    codes: list[int | str] = []
+    for process in pool:
+        try:
+            codes.append(process.wait(max(0.1, limit_s - (time.monotonic() - began_s))))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            codes.append("late")
+    note("torch.compile by all cores", seconds=time.monotonic() - began_s, exit_codes=codes)
+
+
 def measure_rows(num_rows: int, copy: float, left_s: Callable[[], float]) -> None:
     """Ours and torch for every case, then torch.compile while time is left."""
-    weight = (0.5 + torch.rand(HIDDEN, device=DEVICE)).bfloat16()
     right = []
-    for case in cases(num_rows, weight):
+    for case in cases(num_rows, new_weight()):
         error = relative_error(case)
         if not error < 5e-3:  # single roundings, also to int8, not more
             note(f"wrong: {case.name}, {num_rows} rows", error=error)
@@ -112,11 +153,13 @@ def measure_rows(num_rows: int, copy: float, left_s: Callable[[], float]) -> Non
         of_copy = case.num_bytes / us / 1e3 / copy
         note(f"{case.name}, {num_rows} rows", us=us, spread_us=spread, of_copy=of_copy, torch_us=torch_us)
     for case in right:
-        if left_s() < 15:
-            print("no time left for torch.compile", flush=True)
+        if left_s() < 4:
+            print(f"no time left for torch.compile: {case.name}, {num_rows} rows, and what follows", flush=True)
             return
-        compiled = torch.compile(case.torch_form)
-        note(f"{case.name}, {num_rows} rows, torch.compile", us=timed_us([compiled] * 4, 0.05)[0])
+        began_s = time.monotonic()
+        us, spread = timed_us([compiled(case)] * 4, 0.05)
+        figures = {"us": us, "spread_us": spread, "compile_s": time.monotonic() - began_s}
+        note(f"{case.name}, {num_rows} rows, torch.compile", **figures)
 
 
 def measure_embedding(copy: float) -> None:
@@ -159,16 +202,21 @@ def measure_sampling(num_rows: int) -> None:
     note(f"sampling, {num_rows} rows", **figures)
 
 
-def measure(seconds: float) -> None:
-    """All of it."""
+def measure(seconds: float, parts: set[str]) -> None:
+    """The parts, which get what time is left."""
     note("device", name=torch.cuda.get_device_name(), torch=torch.__version__)
+    if "rows" in parts:
+        compile_all(seconds - MEASURING_S)
     copy = copy_gb_per_s()
-    for num_rows in (1, 4, 16):
-        measure_sampling(num_rows)
-    measure_embedding(copy)
-    for num_rows, share in ((8192, 0.6), (1, 1.0)):
-        limit_s = share * seconds
-        measure_rows(num_rows, copy, lambda limit_s=limit_s: limit_s - (time.monotonic() - started_s))
+    if "sampling" in parts:
+        for num_rows in (1, 4, 16):
+            measure_sampling(num_rows)
+    if "embedding" in parts:
+        measure_embedding(copy)
+    if "rows" in parts:
+        for num_rows, share in zip(ROWS, (0.8, 1.0), strict=True):
+            limit_s = share * seconds
+            measure_rows(num_rows, copy, lambda limit_s=limit_s: limit_s - (time.monotonic() - started_s))
 
 
 def main() -> None:
@@ -177,10 +225,19 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=90, help="time for everything; what does not fit is left out and said"
     )
+    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}, by commas")
+    parser.add_argument("--share", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    parts = set(arguments.only.split(","))
+    if not parts <= set(PARTS):
+        parser.error(f"--only: {', '.join(sorted(parts - set(PARTS)))} is not one of {', '.join(PARTS)}")
+    if arguments.share:
+        with torch.inference_mode():
+            compile_share(*map(int, arguments.share.split("/")))
+        return
     try:
         with torch.inference_mode():
-            measure(arguments.seconds)
+            measure(arguments.seconds, parts)
     finally:  # what was measured before something went wrong
         if arguments.out:
             Path(arguments.out).write_text(json.dumps(results, indent=1) + "\n")

@@ -1,10 +1,12 @@
-"""InfLLM-V2 prefill on a GPU: block choice and attention of one layer, 8,192 queries on a long cache.
+"""InfLLM-V2 on a GPU: block choice and attention of one layer, of a step and of 8,192 queries on a long cache.
 
-    python benchmarks/sparse_attention.py --out FILE [--tokens 262144 ...] [--search] [--seconds N]
+    python benchmarks/sparse_attention.py --out FILE [--tokens [262144 ...]] [--decode-tokens 262144 65536:1048576 ...]
+        [--search] [--search-choice] [--seconds N]
 
 Correctness comes first: the choice against the reference in float64 on some rows (overlap of picked blocks), the
 attention against float64. Then times with a cold cache beside torch's dense attention. Two kinds of queries: alike
 neighbours (each is the one before, somewhat changed), and independent ones, which share nothing but the local blocks.
+A step is also measured where there is room for more tokens than there are: 65536:1048576 is 64K in a room for 1M.
 """
 
 import argparse
@@ -17,29 +19,28 @@ import multiprocessing
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.sparse_layer import DIM, GEOMETRY, GROUPS, HEADS, SCALE, Layer, draw, overlap_of
 from benchmarks.timing import ColdTimer
 from salalocal.kernels import block_attention as attention_room
 from salalocal.kernels import block_topk as choice_room
 from salalocal.kernels.backend import entry_of_card, triton
 from salalocal.kernels.block_attention import decode as attention_decode
 from salalocal.kernels.block_attention import prefill as attention
-from salalocal.kernels.block_topk import BlockGeometry
+from salalocal.kernels.block_topk import PickRecord
 from salalocal.kernels.block_topk import decode as choice_decode
+from salalocal.kernels.block_topk import decode_choice as choice_search
 from salalocal.kernels.block_topk import prefill as choice
-from salalocal.kernels.kv_cache import RECENT_TOKENS, CacheRows, KeyValues, append_tokens, quantize_tokens_reference
-from salalocal.kernels.pooled_keys import num_pooled, pooled_keys
+from salalocal.kernels.kv_cache import RECENT_TOKENS, CacheRows, KeyValues, append_tokens
 
-HEADS, GROUPS, DIM = 32, 2, 128
-DECODE_TOKENS = [4096, 32768, 131072, 262144, 1048576, 2097152]
-SCALE = DIM**-0.5
-GEOMETRY = BlockGeometry(kernel_size=32, kernel_stride=16, block_size=64, init_blocks=1, window_size=2048, topk=64)
+DECODE_TOKENS = ["4096", "32768", "131072", "262144", "1048576", "2097152", "65536:1048576"]
 CHOICES = [
     choice.PrefillLaunch(*setting)
     for setting in [
@@ -52,60 +53,19 @@ CHOICES = [
 ATTENTIONS = [attention.PrefillLaunch(*setting) for setting in [(4, 4, 3), (8, 8, 2, 128), (4, 4, 2), (8, 4, 2, 255)]]
 DECODE_CHOICES = [choice_decode.DecodeLaunch(*setting) for setting in [(128, 2, 4, 2), (128, 1, 8, 2), (128, 2, 8, 2)]]
 DECODE_ATTENTIONS = [attention_decode.DecodeLaunch(*setting) for setting in [(256, 96, 8), (96, 96, 8), (512, 96, 4)]]
-
-
-@dataclasses.dataclass
-class Layer:
-    """Tensors of one sparse layer."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    k1: torch.Tensor
-    k2: torch.Tensor
-    first: int
-
-    @property
-    def num_tokens(self) -> int:
-        return self.k.shape[1]
-
-    @property
-    def cached(self) -> KeyValues:
-        return KeyValues(self.k, self.v)
-
-    def in_8_bits(self) -> KeyValues:
-        """The cache quantized as `append_tokens` does."""
-        (k, k_scales), (v, v_scales) = (quantize_tokens_reference(x) for x in (self.k, self.v))
-        return KeyValues(k, v, k_scales, v_scales)
-
-    def choose(self, rows: slice = slice(None)) -> torch.Tensor:
-        q = self.q[:, rows]
-        first = self.first + (rows.start or 0)
-        return choice.block_topk_triton(q, self.k1, self.k2, first, self.num_tokens, GEOMETRY, SCALE)
-
-    def attend(self, picks: torch.Tensor) -> torch.Tensor:
-        return attention.block_attention_triton(self.q, self.cached, picks, self.first, GEOMETRY.block_size, SCALE)
-
-
-def draw(num_tokens: int, num_queries: int, is_alike: bool, seed: int) -> Layer:
-    generator = torch.Generator("cuda").manual_seed(seed)
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.float32)
-
-    k = randn(1, num_tokens, GROUPS, DIM).bfloat16()
-    v = randn(1, num_tokens, GROUPS, DIM).bfloat16()
-    q = randn(1, num_queries, HEADS, DIM)
-    if is_alike:
-        keep = 0.98
-        for i in range(1, num_queries):
-            q[:, i] = keep * q[:, i - 1] + math.sqrt(1 - keep**2) * q[:, i]
-    geometry = GEOMETRY
-    n1 = num_pooled(num_tokens, geometry.kernel_size, geometry.kernel_stride)
-    n2 = num_pooled(num_tokens, geometry.coarse_kernel_size, geometry.coarse_kernel_stride)
-    k1 = pooled_keys(k, 0, n1, geometry.kernel_size, geometry.kernel_stride)
-    k2 = pooled_keys(k, 0, n2, geometry.coarse_kernel_size, geometry.coarse_kernel_stride)
-    return Layer((4 * q).bfloat16(), k, v, k1, k2, num_tokens - num_queries)
+# by the blocks of whole searches, of a part, and by the scores of a thread
+DECODE_SEARCHES = [
+    choice_search.ChoiceLaunch(*setting)
+    for setting in [
+        (4096, 1024, 16),
+        (4096, 1024, 32),
+        (4096, 1024, 8),
+        (4096, 512, 16),
+        (4096, 2048, 16),
+        (2048, 512, 16),
+        (1024, 512, 16),
+    ]
+]
 
 
 def check(layer: Layer) -> dict[str, float]:
@@ -220,51 +180,107 @@ def compile_all(num_shares: int = 11) -> None:
         process.join()
 
 
-def decode(layer: Layer, num_rows: int, timer: ColdTimer) -> dict[str, float]:
-    """Microseconds of choice and attention of the last rows, in a graph over copies that do not fit the cache."""
+@dataclasses.dataclass
+class Step:
+    """The last rows of a layer as a step takes them: their position is known to the device alone."""
+
+    layer: Layer
+    num_rows: int
+
+    def __post_init__(self) -> None:
+        self.first = self.layer.num_tokens - self.num_rows
+        self.position = torch.tensor([self.first], device="cuda")
+        self.q = self.layer.q[:, -self.num_rows :].contiguous()
+
+    def choose(self, room: Layer, record: PickRecord | None = None) -> torch.Tensor:
+        return choice_decode.block_topk_decode(self.q, room.k1, room.k2, self.position, GEOMETRY, SCALE, record=record)
+
+    def attend(self, cached: KeyValues, blocks: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return attention_decode.block_attention_decode(
+            self.q, cached, blocks, self.position, GEOMETRY.block_size, SCALE, gate
+        )
+
+    def exact_picks(self) -> torch.Tensor:
+        """By float64."""
+        k1, k2 = self.layer.k1.double(), self.layer.k2.double()
+        num_tokens = self.layer.num_tokens
+        return choice_room.block_topk_reference(self.q.double(), k1, k2, self.first, num_tokens, GEOMETRY, SCALE)
+
+    def new_record(self) -> PickRecord:
+        shape = (1, self.num_rows, GROUPS, GEOMETRY.budget)
+        return PickRecord(
+            torch.empty(shape, dtype=torch.int64, device="cuda"), torch.empty(shape, dtype=torch.float32, device="cuda")
+        )
+
+
+def rooms_of(layer: Layer, capacity: int) -> list[Layer]:
+    """Copies that together do not fit the cache, with room for so many tokens."""
     bytes_read = layer.k1.nbytes + layer.k2.nbytes + 12 * 2**20
     copies = [layer] + [
         dataclasses.replace(layer, **{name: getattr(layer, name).clone() for name in ("k", "v", "k1", "k2")})
         for _ in range(min(7, 3 * 2**26 // bytes_read))
     ]
-    position = torch.tensor([layer.num_tokens - num_rows], device="cuda")
-    q = layer.q[:, -num_rows:].contiguous()
+    return [one.with_room(capacity) for one in copies] if capacity > layer.num_tokens else copies
+
+
+def decode(layer: Layer, capacity: int, num_rows: int, timer: ColdTimer) -> dict[str, object]:
+    """Microseconds of choice and attention of the last rows, in a graph over copies that do not fit the cache."""
+    copies = rooms_of(layer, capacity)
+    step = Step(layer, num_rows)
     gate = layer.q[0, :num_rows].flatten(1).contiguous()
-
-    def choose(one: Layer) -> torch.Tensor:
-        return choice_decode.block_topk_decode(q, one.k1, one.k2, position, GEOMETRY, SCALE)
-
-    def attend(cached: KeyValues, blocks: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-        return attention_decode.block_attention_decode(q, cached, blocks, position, GEOMETRY.block_size, SCALE, gate)
-
-    first = layer.num_tokens - num_rows
-    exact = choice_room.block_topk_reference(
-        q.double(), layer.k1.double(), layer.k2.double(), first, layer.num_tokens, GEOMETRY, SCALE
-    )
-    overlap = overlap_of(choose(layer), exact)
+    exact = step.exact_picks()
+    overlap = overlap_of(step.choose(copies[0]), exact)
     assert overlap > 0.99, f"decode picks overlap {overlap}"
-    row: dict[str, float] = {"overlap": overlap}
+    row: dict[str, object] = {"overlap": overlap, "launches": num_launches(lambda: step.choose(copies[0]))}
     codes = layer.in_8_bits()
     for name, cached in (("error", layer.cached), ("int8_error", codes)):
         wide = cached.first(layer.num_tokens).widened(torch.float64)
         plain = attention_room.block_attention_reference(
-            q.double(), wide.keys.double(), wide.values.double(), exact, first, GEOMETRY.block_size, SCALE
+            step.q.double(), wide.keys.double(), wide.values.double(), exact, step.first, GEOMETRY.block_size, SCALE
         )
-        row[name] = float((attend(cached, exact).double() - plain).norm() / plain.norm())
-        assert row[name] < 5e-3, f"decode attention: {name} {row[name]}"
+        row[name] = error = float((step.attend(cached, exact).double() - plain).norm() / plain.norm())
+        assert error < 5e-3, f"decode attention: {name} {error}"
+    record = step.new_record()
     calls = {
-        "choice_us": [lambda one=one: choose(one) for one in copies],
-        "attention_us": [lambda one=one: attend(one.cached, exact) for one in copies],
-        "int8_attention_us": [lambda: attend(codes, exact)],
-        "both_us": [lambda one=one: attend(one.cached, choose(one), gate) for one in copies],
+        "choice_us": [lambda one=one: step.choose(one) for one in copies],
+        "weighed_choice_us": [lambda one=one: step.choose(one, record) for one in copies],
+        "attention_us": [lambda one=one: step.attend(one.cached, exact) for one in copies],
+        "int8_attention_us": [lambda: step.attend(codes, exact)],
+        "both_us": [lambda one=one: step.attend(one.cached, step.choose(one), gate) for one in copies],
     }
     return row | {name: timer.time_graph(each, repeats=4).median_us for name, each in calls.items()}
 
 
-def overlap_of(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Share of picked blocks that float64 picks too."""
-    pairs = zip(found[0].flatten(0, 1).tolist(), exact[0].flatten(0, 1).tolist(), strict=True)
-    return sum(len(set(a) & set(b)) for a, b in pairs) / found.numel()
+def search_choice(layer: Layer, capacity: int, timer: ColdTimer, deadline: float) -> dict[str, float]:
+    """Microseconds of one row's choice, with weights, by every candidate for the search; all pick the same."""
+    copies, step = rooms_of(layer, capacity), Step(layer, 1)
+    record = step.new_record()
+    expected = step.choose(copies[0]).clone()
+    found: dict[str, float] = {}
+    committed, launched = dict(choice_search.LAUNCH), set()
+    for launch in DECODE_SEARCHES:
+        num_blocks = capacity // GEOMETRY.block_size - GEOMETRY.local_blocks
+        room = launch.room(num_blocks)
+        key = (room, launch.thread_scores, room > launch.whole_blocks and launch.part_blocks)
+        if key in launched or time.monotonic() > deadline:
+            continue
+        launched.add(key)
+        choice_search.LAUNCH.update(dict.fromkeys(committed, launch))
+        try:
+            assert torch.equal(step.choose(copies[0], record), expected), f"{launch} picks others"
+            calls = [lambda one=one: step.choose(one, record) for one in copies]
+            found[str(dataclasses.astuple(launch))] = timer.time_graph(calls, repeats=4).median_us
+        finally:
+            choice_search.LAUNCH.update(committed)
+    return found
+
+
+def num_launches(call: Callable[[], object]) -> int:
+    """Kernels that a call launches."""
+    run = triton.JITFunction.run
+    with mock.patch.object(triton.JITFunction, "run", autospec=True, side_effect=run) as counted:
+        call()
+    return counted.call_count
 
 
 def append_times(layer: Layer, timer: ColdTimer) -> dict[str, float]:
@@ -341,13 +357,32 @@ def measure(
     return row
 
 
+def decodes(
+    arguments: argparse.Namespace, timer: ColdTimer, deadline: float
+) -> Iterator[tuple[dict[str, object], Callable[[], dict[str, object]]]]:
+    """What is to be measured of steps: name and call."""
+    for sizes in arguments.decode_tokens:
+        num_tokens, _, room = sizes.partition(":")
+        num_tokens, capacity = int(num_tokens), int(room or num_tokens)
+
+        def measured(num_tokens: int = num_tokens, capacity: int = capacity) -> dict[str, object]:
+            layer = draw(num_tokens, 64, is_alike=False, seed=arguments.seed)
+            row: dict[str, object] = {"decode": {n: decode(layer, capacity, n, timer) for n in (1, 4, 16)}}
+            if arguments.search_choice:
+                row["search_choice"] = search_choice(layer, capacity, timer, deadline)
+            return row
+
+        yield {"num_tokens": num_tokens, "capacity": capacity}, measured
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072, 262144], help="keys of a prefill")
-    parser.add_argument("--decode-tokens", type=int, nargs="+", default=DECODE_TOKENS, help="keys of a step")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[32768, 131072, 262144], help="keys of a prefill")
+    parser.add_argument("--decode-tokens", nargs="*", default=DECODE_TOKENS, help="keys of a step, or KEYS:ROOM")
     parser.add_argument("--queries", type=int, default=8192, help="rows of a prefill")
     parser.add_argument("--search", action="store_true", help="also time other launches, at the most keys")
+    parser.add_argument("--search-choice", action="store_true", help="also time other searches of a step's scores")
     parser.add_argument(
         "--seconds", type=float, default=300, help="time for everything; what does not fit is left out and said"
     )
@@ -375,13 +410,8 @@ def main() -> None:
         if arguments.out:
             save(arguments.out, arguments.seed, results)
 
-    for num_tokens in arguments.decode_tokens:
-
-        def decode_all(num_tokens: int = num_tokens) -> dict[str, object]:
-            layer = draw(num_tokens, 64, is_alike=False, seed=arguments.seed)
-            return {"decode": {num_rows: decode(layer, num_rows, timer) for num_rows in (1, 4, 16)}}
-
-        take({"num_tokens": num_tokens}, decode_all)
+    for about, measured in decodes(arguments, timer, deadline):
+        take(about, measured)
     for num_tokens, is_alike in itertools.product(arguments.tokens, (True, False)):
         take(
             {"num_tokens": num_tokens, "alike": is_alike},

@@ -218,21 +218,23 @@ class DenseSubject:
         self._check_memory(self.facts.model_bytes, "its weights")
         with torch.inference_mode():
             self._model = DenseModel(shape, device, dtype, _BACKENDS[device.type][chosen])
-        self._num_tokens = 0
+        self._num_tokens = self._capacity = 0
         self._last = torch.zeros(1, dtype=torch.int64, device=device)
 
     def warm_up(self, depths: Sequence[int]) -> None:
         """One chunk and its half, and a few tokens drawn."""
         enough = self.facts.chunk_size * 3 // 2
         first, last = min(depths[0], enough), min(depths[-1], enough)
-        self.begin(last + _ENOUGH_TOKENS + 1)
         self.read(first, lambda tokens: None)
         self.read(last - first, lambda tokens: None)
         self.draw(_ENOUGH_TOKENS - 1, 1, True)
 
     def begin(self, capacity: int) -> None:
-        """An empty cache for so many tokens."""
-        shape = self._model.shape
+        """An empty cache for so many tokens; one that is there already is used again."""
+        self._num_tokens = 0
+        if capacity == self._capacity:
+            return
+        shape, self._capacity = self._model.shape, 0
         self._model.make_room(0)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -240,7 +242,7 @@ class DenseSubject:
         self._check_memory(needed, f"the cache of {capacity:,} tokens")
         with torch.inference_mode():
             self._model.make_room(capacity)
-        self._num_tokens = 0
+        self._capacity = capacity
 
     def read(self, num_tokens: int, on_tokens: OnTokens) -> None:
         """Read random tokens in chunks on the grid of absolute multiples, as the engine does."""

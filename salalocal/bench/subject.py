@@ -67,11 +67,14 @@ class Subject(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def warm_up(self, depths: Sequence[int]) -> None:
-        """Do everything once that a walk to these depths will do, on a state of its own."""
-
     def begin(self, capacity: int) -> None:
-        """An empty state with room for so many tokens. Raises: MemoryBudgetError, torch.OutOfMemoryError."""
+        """An empty state with room for so many tokens, in the place of the one before.
+
+        Raises: MemoryBudgetError, torch.OutOfMemoryError.
+        """
+
+    def warm_up(self, depths: Sequence[int]) -> None:
+        """Do everything once that a walk to these depths will do, on the state that was begun, which it uses up."""
 
     def read(self, num_tokens: int, on_tokens: OnTokens) -> None:
         """Read so many more tokens."""
@@ -89,6 +92,7 @@ class EngineSubject:
         self._generator = torch.Generator().manual_seed(0)
         self._state: ModelState | None = None
         self._logits: Tensor | None = None
+        self._capacity = 0
 
     @property
     def config(self) -> SalaConfig:
@@ -101,22 +105,29 @@ class EngineSubject:
         return self._engine.model.dtype
 
     def warm_up(self, depths: Sequence[int]) -> None:
-        """Past the switch of the sparse layers on a card, where kernels are compiled; one chunk on a CPU. It begins
-        with the first depth, whose last chunk may be a short one, of which there are kernels too."""
-        enough = self.facts.chunk_size
-        if self.device.type == "cuda":
+        """Past the switch of the sparse layers on a card, where kernels are compiled; one chunk on a CPU. It stops at
+        the first depth, whose last chunk may be a short one, of which there are kernels too, and draws there as well.
+
+        On a card one more chunk is read at the end, into an empty state as the walk's first one: what it allocates
+        stays at hand.
+        """
+        enough, is_card = self.facts.chunk_size, self.device.type == "cuda"
+        if is_card:
             enough += self._engine.model.config.sparse.dense_len + self.facts.chunk_size
         first, last = min(depths[0], enough), min(depths[-1], enough)
-        self.begin(last + _WARM_UP_DRAWS)
         self.read(first, lambda tokens: None)
         if last > first:
+            self.draw(_WARM_UP_DRAWS - 2, 1, False)
             self.read(last - first, lambda tokens: None)
         self.draw(_WARM_UP_DRAWS - 2, 1, True)
-        self._state = self._logits = None
+        if is_card:
+            self.begin(self._capacity)
+            self.read(min(first, self.facts.chunk_size), lambda tokens: None)
 
     def begin(self, capacity: int) -> None:
-        """An empty state with room for so many tokens."""
-        self._state = self._engine.new_state(capacity)
+        """An empty state with room for so many tokens; the old one goes first, so that its memory is taken again."""
+        self._state = self._logits = None
+        self._state, self._capacity = self._engine.new_state(capacity), capacity
 
     def read(self, num_tokens: int, on_tokens: OnTokens) -> None:
         """Prefill so many random tokens."""

@@ -2,7 +2,7 @@
 
 At each depth the last chunks before it are timed one by one, tokens are drawn from a fork, and the read goes on. So a
 first token costs what was read so far, all chunks together, and the first draw; and a depth of a million tokens, with
-all depths before it, is read once.
+all depths before it, is read once. A first depth of fewer chunks than runs is read from the start for every run.
 """
 
 import itertools
@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-
-import torch
 
 from salalocal.bench.memory import peak_bytes
 from salalocal.bench.subject import Drawn, Subject, SubjectFacts
@@ -113,20 +111,22 @@ def walk(
     meter = _Meter(subject.facts.name, plan.depths[-1], on_progress)
     meter.tell("warming up", 0)
     depths = list(plan.depths)
+    lost = _begin(subject, depths, plan.drawn_tokens)
     try:
         with naming_memory_errors("warming up"):
-            subject.warm_up(depths)
+            if depths:
+                subject.warm_up(depths)
     except MemoryBudgetError as error:
-        result.failures += [Failure(depth, error.message) for depth in depths]
+        result.failures += [Failure(depth, error.message) for depth in depths] + lost
         return
-    if subject.device.type == "cuda":
-        torch.cuda.empty_cache()  # pieces of the state that warmed up would stand in the way of the real one
-    lost = _begin(subject, depths, plan.drawn_tokens)
     position, read_s = 0, 0.0
     for number, depth in enumerate(depths):
         try:
             with naming_memory_errors(f"reading to {depth:,} tokens"):
-                timed, seconds = _read(subject, position, depth, plan.num_runs, meter)
+                if number == 0:
+                    timed, seconds = _read_first(subject, depth, depths[-1] + plan.drawn_tokens, plan.num_runs, meter)
+                else:
+                    timed, seconds = _read(subject, position, depth, plan.num_runs, meter)
             meter.tell("writing", depth)
             with naming_memory_errors(f"writing at {depth:,} tokens"):
                 drawn = subject.draw(plan.gen_tokens, plan.num_runs, number == len(depths) - 1)
@@ -136,14 +136,13 @@ def walk(
         position, read_s = depth, read_s + seconds
         peak = peak_bytes(subject.device) if has_own_peak else None
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        size, chunk_end, chunks_s = timed
         result.depths.append(
             DepthResult(
                 num_tokens=depth,
                 read_s=read_s,
-                chunk_tokens=size,
-                chunk_end=chunk_end,
-                chunks_s=chunks_s,
+                chunk_tokens=timed.size,
+                chunk_end=timed.end,
+                chunks_s=timed.seconds,
                 drawn=drawn,
                 gen_tokens=plan.gen_tokens,
                 peak_memory_bytes=peak,
@@ -166,10 +165,35 @@ def _begin(subject: Subject, depths: list[int], drawn_tokens: int) -> list[Failu
     return lost
 
 
-def _read(
-    subject: Subject, position: int, depth: int, num_singles: int, meter: "_Meter"
-) -> tuple[tuple[int, int, tuple[float, ...]], float]:
-    """Read to a depth -> tokens of the chunks that were timed alone, where the last ended, their seconds; all seconds.
+@dataclass(frozen=True)
+class _TimedChunks:
+    """Chunks that were timed alone: tokens of each, where the last one ended, seconds of each."""
+
+    size: int
+    end: int
+    seconds: tuple[float, ...]
+
+
+def _read_first(
+    subject: Subject, depth: int, capacity: int, num_runs: int, meter: "_Meter"
+) -> tuple[_TimedChunks, float]:
+    """Read an empty state to a depth. Where that is fewer chunks than runs, once for every run, each on an empty state
+    again: the last whole chunk of each is timed, and all seconds are those of the median run."""
+    if num_runs == 1 or depth // subject.facts.chunk_size >= num_runs:
+        subject.begin(capacity)
+        return _read(subject, 0, depth, num_runs, meter)
+    readings = []
+    for _ in range(num_runs):
+        subject.begin(capacity)
+        meter.restart()
+        readings.append(_read(subject, 0, depth, 1, meter))
+    timed = [timed for timed, _ in readings]
+    seconds = tuple(one.seconds[0] for one in timed)
+    return _TimedChunks(timed[0].size, timed[0].end, seconds), statistics.median(seconds for _, seconds in readings)
+
+
+def _read(subject: Subject, position: int, depth: int, num_singles: int, meter: "_Meter") -> tuple[_TimedChunks, float]:
+    """Read to a depth -> the chunks that were timed alone; all seconds.
 
     Whole chunks are timed; one that a depth cuts short only where there is no other.
     """
@@ -180,7 +204,7 @@ def _read(
     total_s += sum(seconds for _, _, seconds in pieces)
     size = max(num_tokens for num_tokens, _, _ in pieces)
     whole = [(end, seconds) for num_tokens, end, seconds in pieces if num_tokens == size][-num_singles:]
-    return (size, whole[-1][0], tuple(seconds for _, seconds in whole)), total_s
+    return _TimedChunks(size, whole[-1][0], tuple(seconds for _, seconds in whole)), total_s
 
 
 def _timed_read(subject: Subject, start: int, end: int, meter: "_Meter") -> float:
@@ -205,6 +229,10 @@ class _Meter:
         seconds = self._read_s + running_s
         rate = num_tokens / seconds if seconds else 0.0
         self._on_progress(BenchProgress(self._subject, activity, num_tokens, self._total_tokens, rate))
+
+    def restart(self) -> None:
+        """Reading begins again at the first token."""
+        self._read_s = 0.0
 
     def add(self, seconds: float) -> None:
         """A read is done."""

@@ -88,8 +88,11 @@ def test_drawing_does_not_change_what_is_read_next(seed: int) -> None:
 
 def test_it_says_what_it_is_and_how_far_it_is() -> None:
     measured, told = subject(), []
-    measured.warm_up([10, 100])
     measured.begin(60)
+    measured.warm_up([10, 50])
+    held = measured._model._layers[0].keys
+    measured.begin(60)
+    assert measured._model._layers[0].keys is held
     measured.read(40, told.append)
     assert told == [16, 32, 40]
     facts = measured.facts

@@ -8,6 +8,7 @@ from tiny_model import CHUNK_SIZE, open_tiny_runtime
 
 from salalocal.bench.subject import EngineSubject, SubjectFacts
 from salalocal.bench.work import DenseCost, DenseShape
+from salalocal.model.mixers.sparse import SparseState
 
 COST = DenseCost(DenseShape(10, 8, 8, 1, 1, 1, 8), 4)
 
@@ -50,8 +51,18 @@ def test_the_last_draw_needs_no_second_state(subject: EngineSubject) -> None:
     assert subject._state is not None and subject._state.num_tokens == 64 + 1 + 2 * 2
 
 
-def test_warming_up_leaves_nothing(subject: EngineSubject) -> None:
-    subject.warm_up([20, 1000])
-    assert subject._state is None
+def test_warming_up_reads_and_draws_on_the_state_of_the_walk(subject: EngineSubject) -> None:
     with pytest.raises(ValueError, match="before begin"):
-        subject.read(1, lambda tokens: None)
+        subject.warm_up([20, 1000])
+    subject.begin(1000)
+    state = subject._state
+    assert state is not None
+    buffer = next(layer for layer in state.layers if isinstance(layer, SparseState)).key_values.keys.untyped_storage()
+    subject.warm_up([20, 1000])
+    assert subject._state is state and state.num_tokens == CHUNK_SIZE + 3, "a chunk, and what was drawn"
+    kept = next(layer for layer in state.layers if isinstance(layer, SparseState)).key_values.keys.untyped_storage()
+    assert kept.data_ptr() == buffer.data_ptr()
+    subject.begin(1000)
+    assert subject._state is not state and subject._state is not None and subject._state.num_tokens == 0
+    with pytest.raises(ValueError, match="before read"):
+        subject.draw(1, 1, is_last=True)

@@ -24,6 +24,7 @@ class Fake:
         self.calls: list[tuple[str, int]] = []
         self.num_tokens = 0
         self.fails_at: int | None = None
+        self.slowness_s: Iterator[float] = iter(())
 
     def warm_up(self, depths: Sequence[int]) -> None:
         self.calls.append(("warm up", depths[-1]))
@@ -32,11 +33,14 @@ class Fake:
         self.calls.append(("begin", capacity))
         if capacity > self.room:
             raise torch.OutOfMemoryError("too much")
+        self.num_tokens = 0
 
     def read(self, num_tokens: int, on_tokens: OnTokens) -> None:
         self.calls.append(("read", num_tokens))
         if self.fails_at is not None and self.num_tokens + num_tokens > self.fails_at:
             raise torch.OutOfMemoryError("too much")
+        if self.num_tokens == 0:
+            self.clock.now_s += next(self.slowness_s, 0.0)
         for done in range(50, num_tokens + 1, 50):
             self.clock.now_s += 0.5
             on_tokens(done)
@@ -70,8 +74,8 @@ def walked(subject: Fake, *depths: int, num_runs: int = 2) -> tuple[SubjectResul
 def test_one_read_goes_through_all_depths(clock: Clock) -> None:
     subject = Fake(clock)
     result, _ = walked(subject, 250, 1000)
-    assert subject.calls[0] == ("warm up", 1000)
-    assert subject.calls[1] == ("begin", 1000 + 2 + 2 * 16)
+    begun = ("begin", 1000 + 2 + 2 * 16)
+    assert subject.calls[:3] == [begun, ("warm up", 1000), begun], "kernels are compiled for the sizes of a state"
     reads = [size for call, size in subject.calls if call == "read"]
     assert sum(reads) == 1000
     ends = list(itertools.accumulate(reads))
@@ -98,7 +102,26 @@ def test_whole_chunks_are_timed(clock: Clock) -> None:
 
 def test_a_depth_below_one_chunk_is_timed_as_it_is(clock: Clock) -> None:
     depth = walked(Fake(clock), 40)[0].depths[0]
-    assert (depth.chunk_tokens, depth.chunk_end, depth.chunks_s) == (40, 40, pytest.approx((0.4,)))
+    assert (depth.chunk_tokens, depth.chunk_end, depth.chunks_s) == (40, 40, pytest.approx((0.4, 0.4)))
+
+
+def test_a_first_depth_of_few_chunks_is_read_for_every_run(clock: Clock) -> None:
+    subject = Fake(clock)
+    subject.slowness_s = iter([0.3, 0.0, 0.1])
+    first, second = walked(subject, 200, 700, num_runs=3)[0].depths
+    assert (first.chunk_tokens, first.chunk_end) == (100, 200)
+    assert first.chunks_s == pytest.approx((1.0, 1.0, 1.0))
+    assert first.read_s == pytest.approx(2.1), "the median run"
+    assert second.read_s == pytest.approx(7.1) and second.chunks_s == pytest.approx((1.0, 1.0, 1.0))
+    begun = [size for call, size in subject.calls if call == "begin"]
+    assert begun == [700 + 2 + 3 * 16] * 4
+    assert sum(size for call, size in subject.calls if call == "read") == 3 * 200 + 500
+
+
+def test_one_run_of_a_short_first_depth_is_one_read(clock: Clock) -> None:
+    subject = Fake(clock)
+    assert walked(subject, 40, num_runs=1)[0].depths[0].chunks_s == pytest.approx((0.4,))
+    assert [size for call, size in subject.calls if call == "read"] == [40]
 
 
 def test_depths_without_room_are_named_and_the_others_measured(clock: Clock) -> None:

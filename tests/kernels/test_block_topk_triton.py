@@ -15,6 +15,7 @@ from salalocal.kernels.block_topk import (
     block_topk_reference,
     block_topk_triton,
     decode,
+    decode_choice,
     pick_weights,
     prefill,
 )
@@ -34,6 +35,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "LAUNCH", {80: launch})
     slices = decode.DecodeLaunch(tile_keys=16, programs_per_core=6, num_warps=4, num_stages=2)
     monkeypatch.setattr(decode, "LAUNCH", {80: slices})
+    parts = decode_choice.ChoiceLaunch(whole_blocks=16, part_blocks=16, thread_scores=16)
+    monkeypatch.setattr(decode_choice, "LAUNCH", {80: parts})
 
 
 def draw(seed: int, num_tokens: int, num_rows: int, heads: int = 4, groups: int = 2) -> tuple[Tensor, Tensor]:
@@ -229,6 +232,17 @@ def test_decode_is_dense_below_the_switch_wherever_the_step_lies(first: int, spa
         else:
             expected = torch.nn.functional.pad(exact[0, t], (0, found.shape[-1] - GEOMETRY.budget), value=-1)
         assert torch.equal(found[0, t], expected), t
+
+
+@pytest.mark.parametrize("num_tokens", [1, 8, 23, 24, 31])
+def test_decode_reads_no_coarse_key_where_there_is_none_yet(num_tokens: int, seed: int) -> None:
+    """Below 32 tokens; numbers are divided towards zero, and the interpreter refuses what lies in no argument."""
+    q, keys = draw(seed, num_tokens, 1)
+    k1, k2 = pooled(torch.nn.functional.pad(keys.float(), (0, 0, 0, 0, 0, 31 - num_tokens)))
+    assert k2.shape[1] == 0
+    tensors = (q.float(), k1, k2, torch.tensor([num_tokens - 1]))
+    found = decode.block_topk_decode(*(x.to(DEVICE) for x in tensors), GEOMETRY, SCALE).cpu()
+    assert found[0, 0, 0].tolist() == [*range((num_tokens - 1) // 16 + 1), *[-1] * (7 - (num_tokens - 1) // 16)]
 
 
 def test_one_head_a_group_still_fills_a_tile(seed: int) -> None:

@@ -3,8 +3,7 @@
 Launches, none of which needs a number from the host, so a captured step stays valid as the sequence grows:
     normalise   every program: peak and sum of exp over its slice of the coarse keys
     score       every program: the normaliser out of all slices, then the block scores of its slice
-    choose      one program a row and KV head: the largest scores, bit by bit
-    weigh       where a record is wanted: the scores of what was chosen
+    choose      one or two launches of `decode_choice`: the largest scores
 The position of the first row is read from the device. Scores are logarithms in fp32, as for many rows.
 """
 
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salalocal.errors import BackendError
 from salalocal.kernels.backend import (
     HAS_INLINE_ASM,
     compute_capability,
@@ -24,14 +22,14 @@ from salalocal.kernels.backend import (
     tl,
     triton,
 )
+from salalocal.kernels.block_topk.decode_choice import choose_by_scores, room_for_scores
 from salalocal.kernels.block_topk.geometry import BlockGeometry
 from salalocal.kernels.block_topk.prefill import check_supported
 from salalocal.kernels.block_topk.reference import heads_per_group
-from salalocal.kernels.block_topk.scoring import LOWEST, largest_of_lists, log_sum_over_heads, row_and_head
+from salalocal.kernels.block_topk.scoring import log_sum_over_heads, row_and_head
 from salalocal.kernels.head_tiles import LOG2_E
 
 MAX_ROWS = 16  # a step of speculative decoding; more rows are prefill's
-_MOST_BLOCKS = 2**16  # that the search for the largest can count
 _MOST_PARTS = 128  # whose normalisers one program joins at once
 _TILE_SCORES = 4096  # of one program at a time; more would not fit its registers
 _TILE_ROWS = 4  # rows that one program works on; more would not fit the registers with 16 heads each
@@ -83,8 +81,10 @@ def _normalise_kernel(
     first = tl.load(position_ptr).to(tl.int32)
     q = _load_queries(q_ptr, stride_qt, stride_qh, group, first_row, num_rows, TILE, HEADS, DIM)
     row, _ = row_and_head(TILE, TILE // HEADS, HEADS)
-    seen = (first + first_row + row + 1 - COARSE_SIZE) // COARSE_STRIDE + 1
-    num_keys = (first + num_rows - COARSE_SIZE) // COARSE_STRIDE + 1
+    # Divided after the maximum: a card rounds towards zero, and would see a key where there is none yet.
+    before: tl.constexpr = COARSE_STRIDE - COARSE_SIZE
+    seen = tl.maximum(first + first_row + row + 1 + before, 0) // COARSE_STRIDE
+    num_keys = tl.maximum(first + num_rows + before, 0) // COARSE_STRIDE
     per_part = tl.cdiv(tl.cdiv(num_keys, KEYS), tl.num_programs(0)) * KEYS
     k2_ptr += group * stride_kh
     peak = tl.full([TILE], -1.0e30, tl.float32)
@@ -113,7 +113,7 @@ def _score_kernel(
     HAS_ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: a slice of k1 for some rows and a KV head. starts and ends [rows, Hkv, capacity]: of every block the
-    best window that starts in it, and the last such, which reaches into the next block."""
+    best window that starts in it, and the last that starts in the block before, which reaches into it."""
     TILE: tl.constexpr = ROWS * HEADS
     BLOCKS: tl.constexpr = KEYS // PER_BLOCK
     if PDL:
@@ -146,75 +146,8 @@ def _score_kernel(
         block = start // PER_BLOCK + tl.arange(0, BLOCKS)
         starts = tl.max(tl.reshape(score, [BLOCKS, PER_BLOCK, ROWS]), 1)
         tl.store(starts_ptr + lists + block[:, None], starts, mask=(block < end_block)[:, None])
-        is_end = (keys % PER_BLOCK == PER_BLOCK - 1) & (keys < num_keys)
-        tl.store(ends_ptr + lists + (keys // PER_BLOCK)[:, None], score, mask=is_end[:, None])
-
-
-@triton.jit
-def _block_scores(starts_ptr, ends_ptr, block, first_free, end_free):
-    """The scores of some blocks, and which of them can be chosen."""
-    can_be = (block >= first_free) & (block < end_free)
-    start = tl.load(starts_ptr + block, mask=can_be, other=0.0)
-    end = tl.load(ends_ptr + block - 1, mask=can_be & (block > 0), other=LOWEST)
-    return tl.maximum(start, end), can_be
-
-
-@triton.jit
-def _choose_kernel(
-    starts_ptr, ends_ptr, position_ptr, picks_ptr, num_groups, num_picks, sparse_from, capacity, stride_pt, stride_pg,
-    BLOCKS: tl.constexpr, PICKS_TILE: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
-    FREE: tl.constexpr, BUDGET: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One program: the picks of one row and KV head, ascending; ties go to the lower block."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    row, group = tl.program_id(0), tl.program_id(1)
-    position = tl.load(position_ptr).to(tl.int32) + row
-    own = position // BLOCK
-    picks_ptr += row * stride_pt + group * stride_pg
-    columns = tl.arange(0, PICKS_TILE)
-    if (own < BUDGET) | (position < sparse_from):  # every block
-        tl.store(picks_ptr + columns, tl.where(columns <= own, columns, -1).to(tl.int64), mask=columns < num_picks)
-    else:
-        lists = (row * num_groups + group) * capacity
-        front = tl.arange(0, BLOCKS // 2)[None, :]
-        back = front + BLOCKS // 2
-        front_scores, can_be_front = _block_scores(starts_ptr + lists, ends_ptr + lists, front, INIT, own - LOCAL)
-        back_scores, can_be_back = _block_scores(starts_ptr + lists, ends_ptr + lists, back, INIT, own - LOCAL)
-        keeps_front, to_front, keeps_back, to_back, _, _ = largest_of_lists(
-            front_scores, back_scores, can_be_front, can_be_back, FREE, 1, True
-        )
-        tl.store(picks_ptr + INIT + to_front, front.to(tl.int64), mask=keeps_front)
-        tl.store(picks_ptr + INIT + to_back, back.to(tl.int64), mask=keeps_back)
-        forced = tl.where(columns < INIT, columns, own - LOCAL + columns - INIT - FREE)
-        forced = tl.where(columns < BUDGET, forced, -1)
-        is_forced = ((columns < INIT) | (columns >= INIT + FREE)) & (columns < num_picks)
-        tl.store(picks_ptr + columns, forced.to(tl.int64), mask=is_forced)
-
-
-@triton.jit
-def _weigh_kernel(
-    starts_ptr, ends_ptr, position_ptr, picks_ptr, weights_ptr, num_groups, num_picks, sparse_from, capacity,
-    stride_pt, stride_pg,
-    PICKS_TILE: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr, FREE: tl.constexpr,
-    BUDGET: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One program: the scores of what one row and KV head picked by them, -inf for what is picked always."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    row, group = tl.program_id(0), tl.program_id(1)
-    position = tl.load(position_ptr).to(tl.int32) + row
-    own = position // BLOCK
-    if (own >= BUDGET) & (position >= sparse_from):
-        at = row * stride_pt + group * stride_pg + tl.arange(0, PICKS_TILE)
-        lists = (row * num_groups + group) * capacity
-        columns = tl.arange(0, PICKS_TILE)
-        is_free = (columns >= INIT) & (columns < INIT + FREE)
-        picked = tl.load(picks_ptr + at, mask=is_free, other=0)
-        scores, _ = _block_scores(starts_ptr + lists, ends_ptr + lists, picked, INIT, own - LOCAL)
-        tl.store(weights_ptr + at, tl.where(is_free, scores, float("-inf")), mask=columns < num_picks)
+        is_end = (keys % PER_BLOCK == PER_BLOCK - 1) & (keys < num_keys - 1)  # no block is behind the last
+        tl.store(ends_ptr + lists + (keys // PER_BLOCK + 1)[:, None], score, mask=is_end[:, None])
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -269,7 +202,8 @@ def block_topk_decode(
     row_tiles = -(-num_rows // constants["ROWS"])
     programs = num_multiprocessors(q.device) * launch.programs_per_core
     num_parts = min(_MOST_PARTS, max(1, programs // (num_groups * row_tiles)))
-    capacity = k1.shape[1] // geometry.pooled_per_block + 1
+    num_blocks = max(1, k1.shape[1] // geometry.pooled_per_block + 1 - geometry.local_blocks)  # that can be chosen
+    capacity = room_for_scores(num_blocks, q.device)
     parts = torch.empty(row_tiles, num_groups, num_parts, 2, tile, dtype=torch.float32, device=q.device)
     starts, ends = torch.empty(
         2, row_tiles * constants["ROWS"], num_groups, capacity, dtype=torch.float32, device=q.device
@@ -288,32 +222,8 @@ def block_topk_decode(
         *q_strides, k1.stride(1), k1.stride(2), PARTS=triton.next_power_of_2(num_parts),
         **_only(constants, "ROWS HEADS DIM KEYS PER_BLOCK BLOCK LOCAL PRECISION STAGES HAS_ASM"), **settings,
     )  # fmt: skip
-    _choose(starts, ends, position, record, constants, sparse_from)
+    choose_by_scores(starts, ends, position, record.picks, record.weights, geometry, sparse_from)
     return record.picks
-
-
-def _choose(
-    starts: Tensor, ends: Tensor, position: Tensor, record: PickRecord, constants: dict[str, Any], sparse_from: int
-) -> None:
-    """The launches behind the scores."""
-    _, num_rows, num_groups, most_picks = record.picks.shape
-    capacity = starts.shape[2]
-    blocks = max(2, triton.next_power_of_2(capacity))
-    if blocks > _MOST_BLOCKS:
-        raise BackendError(f"block choice: {capacity:,} blocks, {_MOST_BLOCKS:,} are supported")
-    counts = (num_groups, most_picks, sparse_from, capacity, *record.picks.stride()[1:3])
-    settings = {
-        "PICKS_TILE": triton.next_power_of_2(most_picks),
-        **_only(constants, "BLOCK INIT LOCAL FREE BUDGET"),
-        **dependent_launch(starts.device),
-    }
-    _choose_kernel[(num_rows, num_groups)](
-        starts, ends, position, record.picks, *counts, BLOCKS=blocks, num_warps=choose_warps(blocks), **settings
-    )
-    if record.weights is not None:
-        _weigh_kernel[(num_rows, num_groups)](
-            starts, ends, position, record.picks, record.weights, *counts, num_warps=1, **settings
-        )
 
 
 def num_picks(geometry: BlockGeometry, sparse_from: int) -> int:
@@ -321,13 +231,8 @@ def num_picks(geometry: BlockGeometry, sparse_from: int) -> int:
     return max(geometry.budget, -(-sparse_from // geometry.block_size))
 
 
-def choose_warps(blocks: int) -> int:
-    """Warps of the last launch: 16 scores a thread, or up to 64 where a card has not more threads."""
-    return min(32, max(4, blocks // 512))
-
-
 def decode_constants(launch: DecodeLaunch, geometry: BlockGeometry, heads: int, q: Tensor) -> dict[str, Any]:
-    """The compile-time arguments of the three kernels."""
+    """The compile-time arguments of both kernels."""
     rows = max(min(triton.next_power_of_2(q.shape[1]), _TILE_ROWS), 16 // heads)
     return {
         "ROWS": rows,
@@ -338,10 +243,7 @@ def decode_constants(launch: DecodeLaunch, geometry: BlockGeometry, heads: int, 
         "COARSE_STRIDE": geometry.coarse_kernel_stride,
         "PER_BLOCK": geometry.pooled_per_block,
         "BLOCK": geometry.block_size,
-        "INIT": geometry.init_blocks,
         "LOCAL": geometry.local_blocks,
-        "FREE": geometry.free_blocks,
-        "BUDGET": geometry.budget,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "STAGES": launch.num_stages,
         "HAS_ASM": HAS_INLINE_ASM,

@@ -74,7 +74,7 @@ def _cut_lists(floats_ptr, ints_ptr, ROWS: tl.constexpr, CAPACITY: tl.constexpr,
     front = tl.load(floats_ptr + front_at, mask=has_front, other=0.0)
     back = tl.load(floats_ptr + front_at + HALF, mask=has_back, other=0.0)
     keeps_front, to_front, keeps_back, to_back, kept, least = largest_of_lists(
-        front, back, has_front, has_back, FREE, ROWS, False
+        front, back, has_front, has_back, FREE, ROWS
     )
     front_blocks = tl.load(ints_ptr + front_at, mask=keeps_front, other=0)
     back_blocks = tl.load(ints_ptr + front_at + HALF, mask=keeps_back, other=0)

@@ -73,30 +73,20 @@ def _ordered_bits(scores):
 
 
 @triton.jit
-def largest_of_lists(front, back, has_front, has_back, COUNT: tl.constexpr, ROWS: tl.constexpr, STOPS: tl.constexpr):
+def largest_of_lists(front, back, has_front, has_back, COUNT: tl.constexpr, ROWS: tl.constexpr):
     """The COUNT largest of every row's scores, of which the first half is in front and the other in back [ROWS, N].
 
     For each half, which are kept and the place of each among those kept; ties go to the left. Per row how many are
     kept, and the least of them, or -inf if there are fewer than COUNT. Bit by bit: best where each half of a row lies
-    within a warp, which is why there are two. A row has fewer than 65,536 scores. STOPS: as soon as the bits so far
-    tell the COUNT largest of every row from the others, which asks all threads after each bit; the least is then a
-    bound.
+    within a warp, which is why there are two. A row has fewer than 65,536 scores.
     """
     front = tl.where(has_front, _ordered_bits(front), 0)
     back = tl.where(has_back, _ordered_bits(back), 0)
     threshold = tl.zeros([ROWS], tl.uint32)  # the largest number that COUNT of them reach
     one = tl.full([ROWS], 1, tl.uint32)
-    if STOPS:
-        bit = 31
-        while bit >= 0:
-            higher = threshold | (one << bit)
-            reached = _num_reached(front, back, higher)
-            threshold = tl.where(reached >= COUNT, higher, threshold)
-            bit = tl.where(tl.max((reached != COUNT).to(tl.int32)) > 0, bit - 1, -1)
-    else:
-        for step in range(32):
-            higher = threshold | (one << (31 - step))
-            threshold = tl.where(_num_reached(front, back, higher) >= COUNT, higher, threshold)
+    for step in range(32):
+        higher = threshold | (one << (31 - step))
+        threshold = tl.where(_num_reached(front, back, higher) >= COUNT, higher, threshold)
     front_ranks, front_total = _ranks(front, has_front, threshold)
     back_ranks, back_total = _ranks(back, has_back, threshold)
     total = front_total + back_total
@@ -130,3 +120,39 @@ def _places(ordered, is_there, ranks, threshold, places):
     above, tied = (ranks & 0xFFFF).to(tl.int32), (ranks >> 16).to(tl.int32)
     is_tied = is_there & (ordered == threshold[:, None]) & (tied <= places[:, None])
     return (ordered > threshold[:, None]) | is_tied, above + tl.minimum(tied, places[:, None]) - 1
+
+
+@triton.jit
+def largest_of_list(scores, is_there, num_there, COUNT: tl.constexpr, MOST: tl.constexpr):
+    """COUNT to MOST of the largest of a list [N], fewer only where `num_there` is less: no score left out is larger.
+
+    Which are kept, the place of each among those kept, and how many are; ties go to the left. And the scores again, of
+    those that are there: read from the bits that the search holds anyway, so a caller need not hold both. Bit by bit
+    from the first one in which scores differ, until the bits so far tell few enough from the others. A list has fewer
+    than 65,536.
+    """
+    ordered = tl.where(is_there, _ordered_bits(scores), 0)
+    peak = tl.max(ordered, 0)
+    mask = peak ^ tl.min(tl.where(is_there, ordered, 0xFFFFFFFF), 0)
+    mask |= mask >> 1
+    mask |= mask >> 2
+    mask |= mask >> 4
+    mask |= mask >> 8
+    mask |= mask >> 16
+    threshold = peak ^ (peak & mask)  # the bits that all have in common: a number that all reach
+    bit = tl.where(num_there > MOST, mask ^ (mask >> 1), 0)
+    while bit != 0:
+        higher = threshold | bit
+        reached = tl.sum((ordered >= higher).to(tl.int32), 0)
+        threshold = tl.where(reached >= COUNT, higher, threshold)
+        bit = tl.where((reached >= COUNT) & (reached <= MOST), 0, bit >> 1)
+    is_tied = is_there & (ordered == threshold)
+    both = (ordered > threshold).to(tl.uint32) + (is_tied.to(tl.uint32) << 16)
+    ranks, total = tl.cumsum(both, 0), tl.sum(both, 0)
+    places = MOST - (total & 0xFFFF).to(tl.int32)  # left for those that equal the threshold
+    tied = (ranks >> 16).to(tl.int32)
+    keeps = (ordered > threshold) | (is_tied & (tied <= places))
+    num_kept = MOST - places + tl.minimum((total >> 16).to(tl.int32), places)
+    place = (ranks & 0xFFFF).to(tl.int32) + tl.minimum(tied, places) - 1
+    signed = (ordered ^ 0x80000000).to(tl.int32, bitcast=True)
+    return keeps, place, num_kept, (signed ^ ((signed >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
