@@ -91,4 +91,6 @@ def random_engine(
         module_name, _, leaf = name.rpartition(".")
         placed = page_locked_empty(weight.shape, dtype).copy_(weight) if is_on_host else weight
         setattr(model.get_submodule(module_name), leaf, nn.Parameter(placed, requires_grad=False))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # as `load_model`
     return Engine(model.eval(), engine_config)

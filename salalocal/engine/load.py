@@ -65,6 +65,8 @@ def load_model(
             _assign(model, name, table.copy_(checkpoint.tensor(name)))
         else:
             _assign(model, name, checkpoint.tensor(name).to(device=device, dtype=dtype))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what turning matrices took would stay beside the model
     return model.eval()
 
 

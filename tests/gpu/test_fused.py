@@ -127,11 +127,16 @@ def test_dense_rows_err_no_more_than_those_of_the_modules(
 
 
 @pytest.mark.parametrize("math", ["bf16", "int8"])
-def test_rows_that_choose_blocks_are_those_of_the_modules(seed: int, math: Math) -> None:
+def test_rows_that_choose_blocks_err_no_more_than_those_of_the_modules(seed: int, math: Math) -> None:
+    """Rows of which two blocks change places err far more than others, in either: so few of them are left out."""
     ids, fused = random_ids(seed, 6_000), engine(math)
-    errors = row_errors(fused.logits(ids)[SPARSE_FROM:], by_modules(fused).logits(ids)[SPARSE_FROM:])
-    print(f"{math}: median row error {errors.median():.2e}, largest {errors.max():.2e}")
-    assert float(errors.median()) < 5e-2 and float(errors.max()) < 0.5
+    exact = on_cpu().logits(ids)[SPARSE_FROM:]
+    errors, of_modules = (
+        row_errors(one.logits(ids)[SPARSE_FROM:], exact).quantile(torch.tensor([0.5, 0.95], dtype=torch.float64))
+        for one in (fused, by_modules(fused))
+    )
+    print(f"{math}: row errors, median and 95 %: {errors.tolist()}, of the modules {of_modules.tolist()}")
+    assert (errors < 1.5 * of_modules).all() and float(of_modules[0]) < 0.2
 
 
 @pytest.mark.parametrize("math", ["bf16", "int8"])
@@ -195,7 +200,7 @@ def test_room_that_is_made_anew_changes_nothing(seed: int, monkeypatch: pytest.M
 class Eager:
     """In the place of a captured graph: every replay runs the step."""
 
-    def __init__(self, run: Callable[[], None]) -> None:
+    def __init__(self, run: Callable[[], None], device: torch.device) -> None:
         self.replay = run
 
 
@@ -230,12 +235,12 @@ def test_drawn_tokens_are_those_of_the_sampler(seed: int, params: SamplingParams
 def test_a_cache_in_8_bits_loses_little(seed: int) -> None:
     whole, small = engine(), engine(is_cache_int8=True)
     ids = random_ids(seed, 6_000)
-    expected, found = whole.logits(ids), small.logits(ids)
-    errors = row_errors(found, expected)
-    print(f"int8 cache: dense rows {relative_error(found[:SPARSE_FROM], expected[:SPARSE_FROM]):.2e}, "
-          f"sparse rows, median {errors[SPARSE_FROM:].median():.2e}")  # fmt: skip
-    assert relative_error(found[:SPARSE_FROM], expected[:SPARSE_FROM]) < 5e-2
-    assert float(errors[SPARSE_FROM:].median()) < 5e-2
+    exact = on_cpu().logits(ids)
+    errors, of_whole = (row_errors(one.logits(ids), exact) for one in (small, whole))
+    for rows in (slice(SPARSE_FROM), slice(SPARSE_FROM, None)):
+        error, expected = float(errors[rows].median()), float(of_whole[rows].median())
+        print(f"median row error {error:.2e}, with a cache in bf16 {expected:.2e}")
+        assert error < 1.5 * expected < 0.3
     state, logits = read(small, ids)
     sparse = next(layer for layer in state.layers if isinstance(layer, SparseState))
     assert sparse.key_values.keys.dtype == torch.int8

@@ -45,7 +45,7 @@ class ChoiceLaunch:
 
 
 # By compute capability; the one at or below the card's is taken.
-LAUNCH = {80: ChoiceLaunch(whole_blocks=4096, part_blocks=1024, thread_scores=16)}
+LAUNCH = {80: ChoiceLaunch(whole_blocks=4096, part_blocks=2048, thread_scores=16)}
 
 
 @triton.jit
