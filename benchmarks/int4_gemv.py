@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,9 @@ from salalocal.kernels.int4.gemv import (  # noqa: E402
     int4_gemv_definition,
     int4_gemv_triton,
 )
-from salalocal.kernels.int4.gemv.launch import Launch, WordLaunch  # noqa: E402
+from salalocal.kernels.int4.gemv.gated import gated_groups_triton  # noqa: E402
+from salalocal.kernels.int4.gemv.launch import Launch, StreamLaunch, WordLaunch  # noqa: E402
+from salalocal.kernels.int4.gemv.operation import launch_of  # noqa: E402
 from salalocal.kernels.int4.vocabulary import likeliest_tokens_triton  # noqa: E402
 from salalocal.kernels.sampling import greedy_tokens, new_sampling_tensors  # noqa: E402
 from salalocal.kernels.top_k import top_k_reference, top_k_triton  # noqa: E402
@@ -369,8 +371,11 @@ def chain(report: Report, launches: dict[str, dict[tuple[int, int], Launch]]) ->
             gemv(ready[HIDDEN], gate_up, SWIGLU)
             gemv(ready[down.words.shape[1] * 8], down, Epilogue("residual", 0.25, start))
 
-    def fused(raw: tuple[str, ...] = (), with_head: bool = False, depth: int = NUM_LAYERS) -> Tensor:
-        """`raw`: the maps whose product norms and quantizes for itself; before the others a kernel does."""
+    def fused(
+        raw: tuple[str, ...] = (), with_head: bool = False, depth: int = NUM_LAYERS, is_gated: bool = False
+    ) -> Tensor:
+        """`raw`: the maps whose product norms and quantizes for itself; before the others a kernel does. `is_gated`:
+        gate_up quantizes for down."""
         hidden, factor = start, 1.4 / math.sqrt(32)
 
         def step(name: str, x: Tensor, weight: PackedWeight, epilogue: Epilogue = PLAIN) -> Tensor:
@@ -380,14 +385,27 @@ def chain(report: Report, launches: dict[str, dict[tuple[int, int], Launch]]) ->
         for first, o, gate_up, down in layers[:depth]:
             mixed = step("first", hidden, first)[:, :HIDDEN].contiguous()
             hidden = step("o", mixed, o, Epilogue("residual", factor, hidden))
-            inner = step("gate_up", hidden, gate_up, SWIGLU)
-            hidden = step("down", inner, down, Epilogue("residual", factor, hidden))
+            join = Epilogue("residual", factor, hidden)
+            if is_gated:
+                rows = RawActivations(hidden, (norm, 1e-6))
+                launch = launches["raw"].get((gate_up.words.shape[0], HIDDEN)) or launch_of(rows, gate_up)
+                if isinstance(launch, StreamLaunch):
+                    launch = replace(launch, quantizes=True)
+                hidden = gemv(gated_groups_triton(rows, gate_up, launch=launch), down, join)
+            else:
+                hidden = step("down", step("gate_up", hidden, gate_up, SWIGLU), down, join)
         if with_head:
             likeliest_tokens_triton(rms_norm_quantize_groups(hidden, norm, 1e-6, is_split=False), head, flag)
         return hidden
 
     every = ("first", "o", "gate_up", "down")
-    runs: list[tuple[str, Callable[[], Any], int]] = [("bare", bare, total), ("quantized by kernels", fused, total)]
+    usual = ("first", "o", "gate_up")
+    runs: list[tuple[str, Callable[[], Any], int]] = [
+        ("bare", bare, total),
+        ("quantized by kernels", fused, total),
+        ("as a step", lambda: fused(usual), total),
+        ("as a step, gate_up quantizing for down", lambda: fused(usual, is_gated=True), total),
+    ]
     if launches["raw"]:
         runs += [
             (f"quantized by the products {' '.join(raw)}", lambda raw=raw: fused(raw), total)
@@ -401,10 +419,13 @@ def chain(report: Report, launches: dict[str, dict[tuple[int, int], Launch]]) ->
     report.add("chain", name="bare alone", ms=without_dependent_launch([bare]) * 1e-3)
     # Two ways of summing a norm move a few codes, which random layers spread: one layer is checked, the rest is told.
     for depth in (1, NUM_LAYERS):
-        exact, other = fused(depth=depth).float(), fused(every if launches["raw"] else (), depth=depth).float()
-        difference = float((other - exact).norm() / exact.norm())
-        report.add("chain check", layers=depth, difference=difference)
-        assert bool(other.isfinite().all()) and (depth > 1 or difference < 2e-2), f"the chain differs by {difference}"
+        exact = fused(depth=depth).float()
+        for is_gated in (False, True):
+            other = fused(usual if is_gated else every, depth=depth, is_gated=is_gated).float()
+            difference = float((other - exact).norm() / exact.norm())
+            report.add("chain check", layers=depth, is_gated=is_gated, difference=difference)
+            is_close = depth > 1 or difference < 2e-2
+            assert bool(other.isfinite().all()) and is_close, f"the chain differs by {difference}"
 
 
 def main() -> None:

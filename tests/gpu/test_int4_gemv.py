@@ -25,11 +25,13 @@ from salalocal.kernels.int4.gemv import (
     int4_gemv_definition,
     int4_gemv_triton,
 )
+from salalocal.kernels.int4.gemv.gated import gated_groups_definition, gated_groups_triton
 from salalocal.kernels.int4.gemv.launch import LAUNCH, GemvShape, StreamLaunch, fitted
 from salalocal.quant.int4 import IntScheme, PackedWeight
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda")
+QUANTIZING = StreamLaunch(8, 128, 8, 2, quantizes=True)
 
 
 def packed(num_out: int, num_in: int, scheme: IntScheme, seed: int) -> PackedWeight:
@@ -121,6 +123,15 @@ def test_producers_give_the_codes_of_the_definition(seed: int) -> None:
         assert int(difference.max()) <= 1 and float(difference.float().mean()) < 0.01
 
 
+@pytest.mark.parametrize("num_features", [16384, 96])
+def test_what_is_gated_leaves_quantized(seed: int, num_features: int) -> None:
+    weight, x = packed(2 * num_features, 4096, IntScheme(4, 128), seed), rows(seed, 1, 4096)
+    given = RawActivations(x, (rows(seed + 1, 4096), 1e-6))
+    found, exact = gated_groups_triton(given, weight, launch=QUANTIZING), gated_groups_definition(given, weight)
+    assert found.scales is not None and found.group == 32 and found.scales.isfinite().all()
+    assert relative_error(found.floats, exact.floats.double()) < 1e-2
+
+
 def test_a_captured_step_follows_its_inputs(seed: int) -> None:
     """Norm, product, quantization and product in one graph, each starting before the other ends: no stale reads."""
     up, down = packed(32768, 4096, IntScheme(4, 128), seed), packed(4096, 16384, IntScheme(4, 128), seed + 1)
@@ -135,6 +146,8 @@ def test_a_captured_step_follows_its_inputs(seed: int) -> None:
             y = int4_gemv_triton(
                 RawActivations(inner), down, Epilogue("residual", 1e-3, y), launch=StreamLaunch(2, 512, 8, 2)
             )
+            gated = gated_groups_triton(RawActivations(y, (norm, 1e-6)), up, launch=QUANTIZING)
+            y = int4_gemv(gated, down, Epilogue("residual", 1e-3, y))
         return y
 
     step()

@@ -106,7 +106,8 @@ class Decoder:
             with torch.inference_mode():
                 run.end()
             if self._model.model.device.type == "cuda":
-                torch.cuda.synchronize()  # a step that ran ahead still uses the memory that goes back here
+                # A step that ran ahead uses what goes back, and torch waits for the stream of the capture alone.
+                torch.cuda.synchronize()
                 del run
                 torch.cuda.empty_cache()  # the memory of a graph that is gone comes back in no other way
 

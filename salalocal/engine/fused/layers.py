@@ -161,7 +161,7 @@ class FusedMlp:
         self._out = Projection([mlp.down_proj])
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        inner = self._in.swiglu(NormedRows(hidden, self._norm.weight, self._norm.eps))
+        inner = self._in.swiglu(NormedRows(hidden, self._norm.weight, self._norm.eps), self._out)
         return self._out.join(inner, Residual(hidden, self._residual_scale))
 
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from salalocal.engine.fused.rows import PlainRows, Rows, swiglu_rows
+from salalocal.engine.fused.rows import GroupedRows, PlainRows, Rows, swiglu_rows
 from salalocal.kernels.backend import compute_capability
-from salalocal.kernels.int4.activations_by_group import float_activations
+from salalocal.kernels.int4.activations_by_group import GroupedActivations, RawActivations, float_activations
 from salalocal.kernels.int4.activations_by_row import QuantizedRows, split_rows
-from salalocal.kernels.int4.gemv import MAX_TOKENS, PLAIN, SWIGLU, Epilogue, int4_gemv
+from salalocal.kernels.int4.gemv import MAX_TOKENS, PLAIN, SWIGLU, Epilogue, gated_groups, int4_gemv
 from salalocal.kernels.int4.int8_gemm import Residual
 from salalocal.kernels.int4.route import Route, choose, int4_matmul, int4_swiglu
 from salalocal.kernels.int4.scratch import Int4Weight
@@ -77,10 +77,14 @@ class PackedProduct:
 
     def few(self, rows: Rows, epilogue: Epilogue) -> Tensor:
         """Up to 16 rows at memory speed."""
-        linear, raw = self.linear, rows.raw
-        is_int8 = linear.math == "int8" or linear.bits == 8
-        x = raw if is_int8 else float_activations(raw.values, raw.norm)
-        return int4_gemv(x, linear, epilogue, raw.values.dtype, linear.workspace.gemv)
+        linear, x = self.linear, rows.few
+        if isinstance(x, RawActivations) and linear.math != "int8" and linear.bits != 8:
+            x = float_activations(x.values, x.norm)
+        return int4_gemv(x, linear, epilogue, torch.bfloat16, linear.workspace.gemv)
+
+    def few_gated(self, rows: Rows) -> GroupedActivations:
+        """silu of the first half of the outputs times the second, of up to 16 rows and quantized for the next map."""
+        return gated_groups(rows.few, self.linear, self.linear.workspace.gemv)
 
     def route(self, num_rows: int) -> Route:
         """The way that many rows go."""
@@ -123,11 +127,19 @@ class Projection:
         (product,) = self._products
         return product(rows, residual)
 
-    def swiglu(self, rows: Rows) -> Rows:
-        """silu of the first map times the second, to be taken on by another product."""
+    @property
+    def takes_groups(self) -> bool:
+        """Whether products of few rows take activations in int8, in the order of 4-bit weights."""
+        linears = [product.linear if isinstance(product, PackedProduct) else None for product in self._products]
+        return all(linear is not None and linear.math == "int8" and linear.bits == 4 for linear in linears)
+
+    def swiglu(self, rows: Rows, consumer: "Projection") -> Rows:
+        """silu of the first map times the second, for the next projection."""
         product = self._products[0]
         if isinstance(product, PackedProduct) and len(product.widths) == 2:
             if rows.num_rows <= MAX_TOKENS:
+                if self.takes_groups and consumer.takes_groups:
+                    return GroupedRows(product.few_gated(rows))
                 return PlainRows(product.few(rows, SWIGLU))
             if product.route(rows.num_rows) == "scratch_int8":
                 return PlainRows(product.many_gated(rows))

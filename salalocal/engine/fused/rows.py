@@ -17,7 +17,7 @@ from torch import Tensor
 
 from salalocal.kernels.gate import sigmoid_gate
 from salalocal.kernels.gated_norm import GatedNorm, gated_norm
-from salalocal.kernels.int4.activations_by_group import RawActivations
+from salalocal.kernels.int4.activations_by_group import GroupedActivations, RawActivations
 from salalocal.kernels.int4.activations_by_row import (
     QuantizedRows,
     gated_norm_quantize_rows,
@@ -26,6 +26,7 @@ from salalocal.kernels.int4.activations_by_row import (
     sigmoid_gate_quantize_rows,
     swiglu_quantize,
 )
+from salalocal.kernels.int4.gemv import Activations
 from salalocal.kernels.norm import rms_norm
 from salalocal.kernels.swiglu import swiglu
 
@@ -39,7 +40,7 @@ class Rows(Protocol):
         ...
 
     @property
-    def raw(self) -> RawActivations:
+    def few(self) -> Activations:
         """For products of few rows."""
         ...
 
@@ -80,7 +81,7 @@ class PlainRows(_QuantizedOnce):
         return len(self.plain)
 
     @property
-    def raw(self) -> RawActivations:
+    def few(self) -> RawActivations:
         return RawActivations(self.plain.contiguous())
 
     def _quantize(self, dtype: torch.dtype) -> QuantizedRows:
@@ -100,7 +101,7 @@ class NormedRows(_QuantizedOnce):
         return len(self.hidden)
 
     @property
-    def raw(self) -> RawActivations:
+    def few(self) -> RawActivations:
         return RawActivations(self.hidden, (self.weight, self.eps))
 
     @cached_property
@@ -120,7 +121,7 @@ class MadeRows(_QuantizedOnce):
     make_quantized: Callable[[torch.dtype], QuantizedRows]
 
     @property
-    def raw(self) -> RawActivations:
+    def few(self) -> RawActivations:
         return RawActivations(self.plain)
 
     @cached_property
@@ -129,6 +130,24 @@ class MadeRows(_QuantizedOnce):
 
     def _quantize(self, dtype: torch.dtype) -> QuantizedRows:
         return self.make_quantized(dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedRows(_QuantizedOnce):
+    """Few rows that the product before has quantized."""
+
+    few: GroupedActivations
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.few.values)
+
+    @property
+    def plain(self) -> Tensor:
+        return self.few.floats.bfloat16()
+
+    def _quantize(self, dtype: torch.dtype) -> QuantizedRows:
+        return quantize_rows(self.plain, dtype)
 
 
 def swiglu_rows(gate: Tensor, up: Tensor) -> MadeRows:

@@ -5,7 +5,8 @@ features of a row before its odd ones; for the linear maps of a decode step.
 
 A word of packed weights holds 8 codes; its even ones and its odd ones are taken out with one mask each, so activations
 in split order meet them without a shuffle. Here a row is split as a whole, in `activations_by_row` each block of it.
-Norm and quantization are one kernel, since each alone is all launch.
+Norm and quantization are one kernel, since each alone is all launch. Groups are smaller where the product that makes
+the activations quantizes them too, see `gemv.gated`.
 Shapes: x [..., K], K a multiple of 128; values [M, K], M the product of the other axes; scales fp32 [M, K / 128].
 A NaN or an infinity in a group makes its scale NaN, so that it shows in whatever is computed from it.
 """
@@ -29,13 +30,26 @@ MAX_NORM_FEATURES = 16384
 class GroupedActivations:
     """Rows of activations, ready to be multiplied with packed weights.
 
-    Shapes: values [M, K], int8 with `scales` fp32 [M, K / 128], or floats with None. `is_split`: the even features
+    Shapes: values [M, K], int8 with `scales` fp32 [M, K / group], or floats with None. `is_split`: the even features
     stand before the odd ones, as 4-bit weights need it; else they are in order, as 8-bit weights need it.
     """
 
     values: Tensor
     scales: Tensor | None
     is_split: bool
+
+    @property
+    def group(self) -> int:
+        """Features that share a scale; 128 where there are none."""
+        return ACTIVATION_GROUP if self.scales is None else self.values.shape[1] // self.scales.shape[1]
+
+    @property
+    def floats(self) -> Tensor:
+        """The numbers in their order. Shapes: fp32 [M, K]."""
+        rows = self.values.float()
+        if self.is_split:
+            rows = rows.unflatten(1, (2, -1)).transpose(1, 2).flatten(1)
+        return rows if self.scales is None else rows * self.scales.repeat_interleave(self.group, dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,22 +74,22 @@ def split_order(x: Tensor) -> Tensor:
     return torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
 
 
-def quantize_groups_definition(x: Tensor, is_split: bool = True) -> GroupedActivations:
-    """The formula, group by group."""
+def quantize_groups_definition(x: Tensor, is_split: bool = True, size: int = ACTIVATION_GROUP) -> GroupedActivations:
+    """The formula, group by group of `size` features."""
     rows = x.reshape(-1, x.shape[-1]).float()
-    codes, scales = torch.empty_like(rows, dtype=torch.int8), rows.new_empty(len(rows), x.shape[-1] // ACTIVATION_GROUP)
-    for g, start in enumerate(range(0, rows.shape[1], ACTIVATION_GROUP)):
-        group = rows[:, start : start + ACTIVATION_GROUP]
+    codes, scales = torch.empty_like(rows, dtype=torch.int8), rows.new_empty(len(rows), x.shape[-1] // size)
+    for g, start in enumerate(range(0, rows.shape[1], size)):
+        group = rows[:, start : start + size]
         largest = group.abs().amax(dim=1)
         step = torch.where(largest > 0, torch.full_like(largest, _LARGEST_CODE) / largest, 0.0)
-        codes[:, start : start + ACTIVATION_GROUP] = _int8(group * step[:, None])
+        codes[:, start : start + size] = _int8(group * step[:, None])
         scales[:, g] = largest / _LARGEST_CODE + (group * 0).sum(dim=1)
     return GroupedActivations(split_order(codes) if is_split else codes, scales, is_split)
 
 
-def quantize_groups_reference(x: Tensor, is_split: bool = True) -> GroupedActivations:
+def quantize_groups_reference(x: Tensor, is_split: bool = True, size: int = ACTIVATION_GROUP) -> GroupedActivations:
     """The same for all groups at once: what a CPU runs."""
-    groups = x.reshape(-1, x.shape[-1] // ACTIVATION_GROUP, ACTIVATION_GROUP).float()
+    groups = x.reshape(-1, x.shape[-1] // size, size).float()
     largest = groups.abs().amax(dim=-1)
     step = torch.where(largest > 0, torch.full_like(largest, _LARGEST_CODE) / largest, 0.0)
     codes = _int8(groups * step[..., None]).flatten(1)

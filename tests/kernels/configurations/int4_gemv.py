@@ -13,7 +13,7 @@ from salalocal.kernels.int4.activations_by_group import (
     _grouped_activations_kernel,
 )
 from salalocal.kernels.int4.gemv.launch import LAUNCH, Launch, StreamLaunch, TileLaunch
-from salalocal.kernels.int4.gemv.stream import _int4_gemv_stream_kernel
+from salalocal.kernels.int4.gemv.stream import GATED_GROUP, _int4_gemv_stream_kernel
 from salalocal.kernels.int4.gemv.tiles import _int4_gemv_tiles_kernel
 from salalocal.kernels.int4.gemv.words import _int4_gemv_words_kernel
 from salalocal.kernels.int4.vocabulary import BLOCK_KEYS, _likeliest_kernel
@@ -37,7 +37,9 @@ def product_case(
     shape: tuple[int, int],
     architectures: tuple[int, ...],
     epilogue: str = "residual",
+    is_gated: bool = False,
 ) -> CompileCase:
+    """`is_gated`: what it gates leaves quantized."""
     math, bits, tokens = key
     constants: dict[str, Any] = {"K": shape[1], "GROUP": 128, "BITS": bits, "EPILOGUE": epilogue}
     constants["PDL"] = min(architectures) >= PDL_CAPABILITY
@@ -56,14 +58,18 @@ def product_case(
     elif isinstance(launch, StreamLaunch):
         kernel, stages = _int4_gemv_stream_kernel, 1
         types |= {"gain_ptr": "*i32", "eps": "fp32", "x_scales_ptr": "*i32"}
+        types |= {"codes_ptr": "*i8" if is_gated else "*bf16", "code_scales_ptr": "*fp32" if is_gated else "*bf16"}
         constants |= {"TOKENS": tokens, "SPAN": launch.span, "AHEAD": launch.ahead, "RAW": True}
+        constants |= {"X_GROUP": 128, "UNIT": 2 * GATED_GROUP // launch.rows if is_gated else 1}
         constants["NORM"] = epilogue != "residual"
         del constants["BITS"]
     else:
         kernel, stages = _int4_gemv_words_kernel, 1
-        constants |= {"TOKENS": tokens, "WORDS": min(launch.words, shape[1] * bits // 32)}
+        constants |= {"TOKENS": tokens, "WORDS": min(launch.words, shape[1] * bits // 32), "X_GROUP": 128}
+        if (bits, shape) == (4, (4096, 16384)):
+            constants["X_GROUP"] = GATED_GROUP
     return CompileCase(
-        name=f"{math} {bits} bit M={tokens} {shape[0]}x{shape[1]} {launch} {epilogue}",
+        name=f"{math} {bits} bit M={tokens} {shape[0]}x{shape[1]} {launch} {epilogue}{' quantized' * is_gated}",
         kernel=kernel,
         types=types,
         constants=constants,
@@ -104,6 +110,9 @@ STREAMS = {
 def stream_cases() -> Iterator[CompileCase]:
     for shape, launch in STREAMS.items():
         yield product_case(launch, ("int8", 4, 1), shape, (90,), EPILOGUES[shape])
+    for shape, launch in LAUNCH[90]["raw", 4, 1].items():
+        if shape is not None and EPILOGUES.get(shape) == "swiglu":
+            yield product_case(launch, ("raw", 4, 1), shape, (90, 120), "swiglu", is_gated=True)
 
 
 def activation_cases() -> Iterator[CompileCase]:

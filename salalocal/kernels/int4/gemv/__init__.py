@@ -6,9 +6,11 @@ launch      how products are launched, by card and shape, and the rule over it
 words       1 to 4 rows, integer registers: a program for every few rows of the weights
 stream      1 to 4 rows, integer registers: weights flow past activations that a program holds, and may quantize
 tiles       1 to 16 rows, tensor cores
+gated       gate and up, their outputs quantized for the next product
 epilogue    what follows the sums, inside the kernels
 """
 
+from salalocal.kernels.int4.gemv.gated import gated_groups
 from salalocal.kernels.int4.gemv.launch import MAX_TOKENS
 from salalocal.kernels.int4.gemv.operation import (
     Activations,
@@ -27,6 +29,7 @@ __all__ = [
     "Epilogue",
     "PackedMatrix",
     "Scratch",
+    "gated_groups",
     "int4_gemv",
     "int4_gemv_definition",
     "int4_gemv_reference",

@@ -40,13 +40,15 @@ class TileLaunch:
 class StreamLaunch:
     """Products of whole rows in integer registers: `programs` on each multiprocessor walk over the weights, `rows` rows
     at a time, with at most `MAX_WORD_TOKENS` tokens; `span` words of a row lie side by side in the threads, 128 in a
-    warp; `ahead` sets of rows are asked for before the activations are there."""
+    warp; `ahead` sets of rows are asked for before the activations are there. `quantizes`: what a program gates leaves
+    it quantized, see `gated`; not measured yet, so no launch below does."""
 
     rows: int
     span: int
     num_warps: int
     programs: int
     ahead: int = 1
+    quantizes: bool = False
 
 
 Launch = WordLaunch | TileLaunch | StreamLaunch

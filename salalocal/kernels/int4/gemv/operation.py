@@ -2,7 +2,7 @@
 
     y[m] = epilogue( W x[m] )        W[n, k] = scales[n, k // group_size] * (codes[n, k] - 2**(bits - 1))
 
-Activations are int8 in groups of 128 (integer math), bf16/fp16 (float math), or bf16 that the product norms and
+Activations are int8 in groups of 128 or 32 (integer math), bf16/fp16 (float math), or bf16 that the product norms and
 quantizes itself, see `kernels.int4.activations_by_group`; sums and epilogue are fp32, and y is rounded once. Three
 forms: for up to 4 rows words are multiplied in integer registers, with a program for every few of them (`words`) or
 flowing past activations that stay (`stream`); for up to 16 rows tiles on tensor cores (`tiles`).
@@ -27,7 +27,7 @@ from salalocal.kernels.int4.gemv.launch import (
     choose_launch,
 )
 from salalocal.kernels.int4.gemv.product import PLAIN, Epilogue, PackedMatrix, Product, Scratch, shape_of
-from salalocal.kernels.int4.gemv.stream import launch_stream
+from salalocal.kernels.int4.gemv.stream import GATED_GROUP, launch_stream
 from salalocal.kernels.int4.gemv.tiles import launch_tiles
 from salalocal.kernels.int4.gemv.words import launch_words
 from salalocal.kernels.packing import PACKED_BITS, unpack_codes
@@ -59,20 +59,18 @@ def int4_gemv_triton(
     scratch: Scratch | None = None,
     launch: Launch | None = None,
     out: Tensor | None = None,
+    gated: GroupedActivations | None = None,
 ) -> Tensor:
     """Checks, chooses a launch unless one is given, and launches; `out`, whose rows may lie apart, says the dtype.
 
     `scratch` is needed in a CUDA graph; without it, memory is allocated for a launch that needs some. `out` may be the
-    residual itself.
+    residual itself. `gated`: where the outputs of swiglu are quantized to as well, by a launch that `can_group`.
     Raises: BackendError for what the kernels do not take; ValueError for shapes that do not belong together.
     """
     shape = shape_of(weight)
     _check_operands(x, weight, epilogue)
     num_tokens = x.values.shape[0]
-    if launch is None:
-        math = _math(x)
-        assert math is not None  # checked
-        launch = choose_launch(compute_capability(x.values.device), math, num_tokens, shape)
+    launch = launch or launch_of(x, weight)
     if not isinstance(launch, StreamLaunch):
         x = _grouped(x, weight)
     num_out = shape.N // 2 if epilogue.kind == "swiglu" else shape.N
@@ -88,10 +86,18 @@ def int4_gemv_triton(
     if isinstance(launch, TileLaunch):
         launch_tiles(product, launch, scratch)
     elif isinstance(launch, StreamLaunch):
-        launch_stream(product, launch)
+        launch_stream(product, launch, gated)
     else:
         launch_words(product, launch)
     return product.out
+
+
+def launch_of(x: Activations, weight: PackedMatrix) -> Launch:
+    """The launch that a product takes on the card that it is on. Raises: BackendError for what no kernel takes."""
+    shape, math = shape_of(weight), _math(x)
+    _check_limits(x, weight, shape)
+    assert math is not None  # checked
+    return choose_launch(compute_capability(x.values.device), math, x.values.shape[0], shape)
 
 
 def int4_gemv(
@@ -120,7 +126,7 @@ def _check_operands(x: Activations, weight: PackedMatrix, epilogue: Epilogue) ->
         "words": (weight.words, (shape.N, shape.K * shape.bits // 32)),
     }
     if isinstance(x, GroupedActivations) and x.scales is not None:
-        expected["activation scales"] = (x.scales, (num_tokens, shape.K // ACTIVATION_GROUP))
+        expected["activation scales"] = (x.scales, (num_tokens, shape.K // x.group))
     if isinstance(x, RawActivations) and x.norm is not None:
         expected["norm weight"] = (x.norm[0], (shape.K,))
     for name, (tensor, needed) in expected.items():
@@ -152,6 +158,8 @@ def _check_limits(x: Activations, weight: PackedMatrix, shape: GemvShape) -> Non
     is_known = shape.bits in PACKED_BITS and (shape.bits == 4 or math != "float")
     groups_fit = shape.group_size % 32 == 0 and shape.K % shape.group_size == 0 and shape.K % ACTIVATION_GROUP == 0
     aligned = shape.group_size % 128 == 0 or 128 % shape.group_size == 0
+    if isinstance(x, GroupedActivations) and x.group not in (ACTIVATION_GROUP, GATED_GROUP):
+        raise BackendError(f"activations in groups of {x.group}, the kernels take {ACTIVATION_GROUP} and {GATED_GROUP}")
     if math is None or not is_known or not groups_fit or not aligned or weight.group_index is not None:
         raise BackendError(
             f"no kernel multiplies {shape.bits}-bit weights [{shape.N:,}, {shape.K:,}] in groups of {shape.group_size}"
@@ -174,7 +182,7 @@ def _rows(x: GroupedActivations, dtype: torch.dtype) -> Tensor:
     rows = x.values.to(dtype)
     if x.is_split:
         rows = rows.unflatten(1, (2, -1)).transpose(1, 2).flatten(1)
-    return rows if x.scales is None else rows * x.scales.to(dtype).repeat_interleave(ACTIVATION_GROUP, dim=1)
+    return rows if x.scales is None else rows * x.scales.to(dtype).repeat_interleave(x.group, dim=1)
 
 
 def _finished(v: Tensor, epilogue: Epilogue) -> Tensor:

@@ -3,7 +3,8 @@ and each program walks over many rows of the weights.
 
 The programs fill the card once. While one set of words is multiplied the next is on its way, also from one kernel into
 the next: its first words, and some more into the L2 cache, are asked for before the activations are there. So a program
-can afford to norm and quantize the activations itself, and no kernel is needed in between.
+can afford to norm and quantize the activations itself, and no kernel is needed in between. What it gates it can also
+quantize for the next product: it then walks over neighbouring sets of rows, until a group of outputs is whole.
 Shapes: rows bf16 [M, K], M <= 4, K a power of two; 4 bits alone.
 """
 
@@ -17,11 +18,13 @@ from salalocal.kernels.int4.activations_by_group import (
     RawActivations,
 )
 from salalocal.kernels.int4.gemv.epilogue import Target, tile_rows, write_token
-from salalocal.kernels.int4.gemv.launch import MAX_WORD_TOKENS, StreamLaunch
+from salalocal.kernels.int4.gemv.launch import MAX_WORD_TOKENS, Launch, StreamLaunch
 from salalocal.kernels.int4.gemv.product import Product
 from salalocal.kernels.int4.gemv.tiles import ask_for
 
 _GROUP_WORDS = tl.constexpr(ACTIVATION_GROUP // 8)
+GATED_GROUP = 32  # features that share a scale where the product quantizes its gated outputs
+_GATED_GROUP = tl.constexpr(GATED_GROUP)
 
 
 @triton.jit
@@ -125,6 +128,7 @@ def _row_of_x(
     token,
     num_tokens,
     K: tl.constexpr,
+    X_GROUP: tl.constexpr,
     RAW: tl.constexpr,
     NORM: tl.constexpr,
     SPAN: tl.constexpr,
@@ -139,8 +143,7 @@ def _row_of_x(
     else:
         words = x_ptr + row * (K // 4) + tl.arange(0, K // 8)
         even, odd = tl.load(words), tl.load(words + K // 8)
-        groups = tl.arange(0, K // 32) // (_GROUP_WORDS // 4)
-        scales = tl.load(x_scales_ptr + row * (K // (8 * _GROUP_WORDS)) + groups)
+        scales = tl.load(x_scales_ptr + row * (K // X_GROUP) + tl.arange(0, K // 32) // (X_GROUP // 32))
     even, odd = tl.reshape(even, [CHUNKS, 1, SPAN]), tl.reshape(odd, [CHUNKS, 1, SPAN])
     ones = tl.full([CHUNKS, 1, SPAN], 0x01010101, tl.int32)
     totals = _dp4a(ones, even, NATIVE) + _dp4a(ones, odd, NATIVE)
@@ -163,6 +166,27 @@ def _products(
 
 
 @triton.jit
+def _group_outputs(target, codes_ptr, code_scales_ptr, token, group):
+    """Read a whole group of gated outputs back, and write it as int8 in split order, with its scale."""
+    PAIRS: tl.constexpr = _GATED_GROUP // 2
+    is_token = token < target.num_tokens
+    num_features = target.num_rows // 2
+    pair = tl.arange(0, PAIRS)[None, :]
+    first = target.out + token * target.out_stride + group * _GATED_GROUP + 2 * pair
+    even = tl.load(first, mask=is_token, other=0.0).to(tl.float32)
+    odd = tl.load(first + 1, mask=is_token, other=0.0).to(tl.float32)
+    largest = tl.max(tl.maximum(tl.abs(even), tl.abs(odd)), axis=1)
+    limit = tl.full([1], 127.0, tl.float32)
+    step = tl.where(largest > 0, tl.div_rn(limit, largest), 0.0)[:, None]
+    codes = codes_ptr + token * num_features + group * PAIRS + pair
+    tl.store(codes, _code(even, step).to(tl.int8), mask=is_token)
+    tl.store(codes + num_features // 2, _code(odd, step).to(tl.int8), mask=is_token)
+    scale = tl.div_rn(largest, limit) + tl.sum(even * 0.0 + odd * 0.0, axis=1)
+    scale_at = code_scales_ptr + token * (num_features // _GATED_GROUP) + group + tl.arange(0, 1)
+    tl.store(scale_at, scale, mask=is_token)
+
+
+@triton.jit
 def _int4_gemv_stream_kernel(
     x_ptr,
     x_scales_ptr,
@@ -172,6 +196,8 @@ def _int4_gemv_stream_kernel(
     scales_ptr,
     residual_ptr,
     out_ptr,
+    codes_ptr,
+    code_scales_ptr,
     factor,
     num_tokens,
     num_rows,
@@ -179,8 +205,10 @@ def _int4_gemv_stream_kernel(
     out_stride,
     K: tl.constexpr,
     GROUP: tl.constexpr,
+    X_GROUP: tl.constexpr,
     TOKENS: tl.constexpr,
     EPILOGUE: tl.constexpr,
+    UNIT: tl.constexpr,
     RAW: tl.constexpr,
     NORM: tl.constexpr,
     ROWS: tl.constexpr,
@@ -189,10 +217,11 @@ def _int4_gemv_stream_kernel(
     PDL: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """One program: every num_programs-th set of ROWS rows of the weights, and all TOKENS tokens."""
+    """One program: every num_programs-th set of ROWS rows of the weights, and all TOKENS tokens. With a UNIT above 1
+    every num_programs-th UNIT of sets, whose gated outputs are a group and go to codes and their scales as well."""
     CHUNKS: tl.constexpr = K // 8 // SPAN
     target = Target(residual_ptr, out_ptr, factor, num_tokens, num_rows, residual_stride, out_stride)
-    tile = tl.program_id(0)
+    tile = tl.program_id(0) * UNIT
     stride = tl.num_programs(0)
     num_tiles = (num_rows + ROWS - 1) // ROWS
     first_word = tl.arange(0, CHUNKS)[:, None, None] * SPAN
@@ -203,26 +232,30 @@ def _int4_gemv_stream_kernel(
     scales = tl.load(scale_ptrs + rows * (K // GROUP))
     if PDL:  # weights do not depend on the kernel before, activations do
         for i in tl.static_range(1, AHEAD + 1):
-            later = tile_rows(tile + i * stride, num_rows, EPILOGUE, ROWS)
+            later = tile_rows(tile + (i if UNIT > 1 else i * stride), num_rows, EPILOGUE, ROWS)
             ask_for(words_ptr.to(tl.pointer_type(tl.int8)), later, 0, K // 2, K // 2)
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    x0, odd0, by0, excess0 = _row_of_x(x_ptr, x_scales_ptr, gain_ptr, eps, 0, num_tokens, K, RAW, NORM, SPAN, NATIVE)
+    x0, odd0, by0, excess0 = _row_of_x(
+        x_ptr, x_scales_ptr, gain_ptr, eps, 0, num_tokens, K, X_GROUP, RAW, NORM, SPAN, NATIVE
+    )
     if TOKENS > 1:
         x1, odd1, by1, excess1 = _row_of_x(
-            x_ptr, x_scales_ptr, gain_ptr, eps, 1, num_tokens, K, RAW, NORM, SPAN, NATIVE
+            x_ptr, x_scales_ptr, gain_ptr, eps, 1, num_tokens, K, X_GROUP, RAW, NORM, SPAN, NATIVE
         )
     if TOKENS > 2:
         x2, odd2, by2, excess2 = _row_of_x(
-            x_ptr, x_scales_ptr, gain_ptr, eps, 2, num_tokens, K, RAW, NORM, SPAN, NATIVE
+            x_ptr, x_scales_ptr, gain_ptr, eps, 2, num_tokens, K, X_GROUP, RAW, NORM, SPAN, NATIVE
         )
         x3, odd3, by3, excess3 = _row_of_x(
-            x_ptr, x_scales_ptr, gain_ptr, eps, 3, num_tokens, K, RAW, NORM, SPAN, NATIVE
+            x_ptr, x_scales_ptr, gain_ptr, eps, 3, num_tokens, K, X_GROUP, RAW, NORM, SPAN, NATIVE
         )
     while tile < num_tiles:
         here, scale = words, scales.to(tl.float32)
-        rows = tile_rows(tile + stride, num_rows, EPILOGUE, ROWS)[None, :, None]
-        has_next = tile + stride < num_tiles
+        is_last = (tile + 1) % UNIT == 0
+        following = tile + 1 + tl.where(is_last, (stride - 1) * UNIT, 0)
+        rows = tile_rows(following, num_rows, EPILOGUE, ROWS)[None, :, None]
+        has_next = following < num_tiles
         words = tl.load(word_ptrs + rows * (K // 8), mask=has_next, other=0)
         scales = tl.load(scale_ptrs + rows * (K // GROUP), mask=has_next, other=0.0)
         v = _products(here, scale, x0, odd0, by0, excess0, CHUNKS, ROWS, SPAN, NATIVE)
@@ -235,19 +268,36 @@ def _int4_gemv_stream_kernel(
             write_token(v, 2, tile, target, EPILOGUE, ROWS)
             v = _products(here, scale, x3, odd3, by3, excess3, CHUNKS, ROWS, SPAN, NATIVE)
             write_token(v, 3, tile, target, EPILOGUE, ROWS)
-        tile += stride
+        if UNIT > 1:  # noqa: SIM102 - decided when it is compiled
+            if is_last:
+                tl.debug_barrier()  # what other threads wrote is read
+                for token in tl.static_range(TOKENS):
+                    _group_outputs(target, codes_ptr, code_scales_ptr, token, tile // UNIT)
+        tile = following
 
 
-def launch_stream(product: Product, launch: StreamLaunch) -> None:
-    """Launch for a checked product. Raises: BackendError for rows that are not taken whole."""
+def can_group(num_rows: int, launch: Launch) -> bool:
+    """Whether a product of so many weight rows, gate and up, can quantize what it gates."""
+    is_wanted = isinstance(launch, StreamLaunch) and launch.quantizes
+    return is_wanted and num_rows % (2 * GATED_GROUP) == 0 and 2 * GATED_GROUP % launch.rows == 0
+
+
+def launch_stream(product: Product, launch: StreamLaunch, gated: GroupedActivations | None = None) -> None:
+    """Launch for a checked product; `gated`: where its gated outputs are quantized to, in groups of `GATED_GROUP`.
+
+    Raises: BackendError for rows that are not taken whole.
+    """
     shape, x = product.shape, product.x
     if shape.bits != 4 or shape.K & (shape.K - 1) or product.num_tokens > MAX_WORD_TOKENS:
         raise BackendError(
             f"{product.num_tokens} rows of {shape.K:,} features and {shape.bits} bits, this form takes 1 to "
             f"{MAX_WORD_TOKENS} rows of a power of two and 4 bits"
         )
-    num_programs = min(triton.cdiv(shape.N, launch.rows), launch.programs * num_multiprocessors(product.out.device))
+    unit = 1 if gated is None else 2 * GATED_GROUP // launch.rows
+    num_units = triton.cdiv(shape.N, launch.rows * unit)
+    num_programs = min(num_units, launch.programs * num_multiprocessors(product.out.device))
     values, scales, norm = _operands(x)
+    outputs = (product.out, product.out) if gated is None else (gated.values, gated.scales)
     gain, eps = (values, 0.0) if norm is None else (norm[0].view(torch.int32), norm[1])
     _int4_gemv_stream_kernel[(num_programs,)](
         x_ptr=values,
@@ -255,13 +305,17 @@ def launch_stream(product: Product, launch: StreamLaunch) -> None:
         gain_ptr=gain,
         eps=eps,
         words_ptr=product.weight.words,
+        codes_ptr=outputs[0],
+        code_scales_ptr=outputs[1],
         **product.arguments,
+        X_GROUP=x.group if isinstance(x, GroupedActivations) else ACTIVATION_GROUP,
+        UNIT=unit,
         TOKENS=triton.next_power_of_2(product.num_tokens),
         RAW=scales is None,
         NORM=norm is not None,
         ROWS=launch.rows,
         SPAN=launch.span,
-        AHEAD=launch.ahead if HAS_INLINE_ASM else 0,
+        AHEAD=(launch.ahead if unit == 1 else min(launch.ahead, unit - 1)) if HAS_INLINE_ASM else 0,
         NATIVE=HAS_INLINE_ASM,
         num_warps=launch.num_warps,
         num_stages=1,

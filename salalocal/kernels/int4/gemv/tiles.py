@@ -322,9 +322,11 @@ def _int4_gemv_tiles_kernel(
 
 
 def launch_tiles(product: Product, launch: TileLaunch, scratch: Scratch | None) -> None:
-    """Launch for a checked product. Raises: BackendError if the scratch is too small."""
+    """Launch for a checked product. Raises: BackendError if the scratch is too small, or groups are small."""
     shape, x = product.shape, product.x
     assert isinstance(x, GroupedActivations)
+    if x.group != ACTIVATION_GROUP:
+        raise BackendError(f"activations in groups of {x.group}, this form takes {ACTIVATION_GROUP}")
     least = launch.num_warps * _COPIED_BYTES // (64 * x.values.dtype.itemsize)
     tokens = min((size for size in _TOKEN_TILES if size >= max(product.num_tokens, least)), default=_TOKEN_TILES[-1])
     num_tiles = triton.cdiv(shape.N, launch.rows)

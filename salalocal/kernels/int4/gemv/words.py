@@ -7,12 +7,10 @@ its value, and two dp4a multiply and add them. Every four words the sum is scale
 import torch
 
 from salalocal.kernels.backend import HAS_INLINE_ASM, dependent_launch, tl, triton
-from salalocal.kernels.int4.activations_by_group import ACTIVATION_GROUP, GroupedActivations
+from salalocal.kernels.int4.activations_by_group import GroupedActivations
 from salalocal.kernels.int4.gemv.epilogue import Target, tile_rows, write_token
 from salalocal.kernels.int4.gemv.launch import MAX_WORD_TOKENS, WordLaunch
 from salalocal.kernels.int4.gemv.product import Product
-
-_ACTIVATION_GROUP = tl.constexpr(ACTIVATION_GROUP)
 
 
 @triton.jit
@@ -37,6 +35,7 @@ def _token_sums(
     num_tokens,
     step,
     K: tl.constexpr,
+    X_GROUP: tl.constexpr,
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
@@ -50,7 +49,7 @@ def _token_sums(
         sums = _dp4a(high, tl.load(x + K // 8), sums, NATIVE)
     four = tl.sum(tl.reshape(sums, [ROWS, WORDS // 4, 4]), axis=2).to(tl.float32)
     first = (step * (WORDS // 4) + tl.arange(0, WORDS // 4)) * (128 // BITS)
-    return four * tl.load(x_scales_ptr + row * (K // _ACTIVATION_GROUP) + first // _ACTIVATION_GROUP)[None, :]
+    return four * tl.load(x_scales_ptr + row * (K // X_GROUP) + first // X_GROUP)[None, :]
 
 
 @triton.jit
@@ -68,6 +67,7 @@ def _int4_gemv_words_kernel(
     out_stride,
     K: tl.constexpr,
     GROUP: tl.constexpr,
+    X_GROUP: tl.constexpr,
     BITS: tl.constexpr,
     TOKENS: tl.constexpr,
     EPILOGUE: tl.constexpr,
@@ -108,21 +108,23 @@ def _int4_gemv_words_kernel(
         if STEPS > 1:
             words = tl.load(word_ptrs + ahead * WORDS, mask=has_next, other=0)
             scales = tl.load(scale_ptrs + (ahead * (WORDS * 32 // BITS) + first_codes) // GROUP)
-        sums = _token_sums(low, high, x_ptr, x_scales_ptr, token, num_tokens, step, K, BITS, ROWS, WORDS, NATIVE)
+        sums = _token_sums(
+            low, high, x_ptr, x_scales_ptr, token, num_tokens, step, K, X_GROUP, BITS, ROWS, WORDS, NATIVE
+        )
         acc0 += sums * scale
         if TOKENS > 1:
             sums = _token_sums(
-                low, high, x_ptr, x_scales_ptr, token + 1, num_tokens, step, K, BITS, ROWS, WORDS, NATIVE
+                low, high, x_ptr, x_scales_ptr, token + 1, num_tokens, step, K, X_GROUP, BITS, ROWS, WORDS, NATIVE
             )
             acc1 += sums * scale
         if TOKENS > 2:
             sums = _token_sums(
-                low, high, x_ptr, x_scales_ptr, token + 2, num_tokens, step, K, BITS, ROWS, WORDS, NATIVE
+                low, high, x_ptr, x_scales_ptr, token + 2, num_tokens, step, K, X_GROUP, BITS, ROWS, WORDS, NATIVE
             )
             acc2 += sums * scale
         if TOKENS > 3:
             sums = _token_sums(
-                low, high, x_ptr, x_scales_ptr, token + 3, num_tokens, step, K, BITS, ROWS, WORDS, NATIVE
+                low, high, x_ptr, x_scales_ptr, token + 3, num_tokens, step, K, X_GROUP, BITS, ROWS, WORDS, NATIVE
             )
             acc3 += sums * scale
     UNIT: tl.constexpr = 0.0625 if BITS == 4 else 1.0
@@ -142,6 +144,7 @@ def launch_words(product: Product, launch: WordLaunch) -> None:
         x_scales_ptr=x.scales,
         words_ptr=product.weight.words,
         **product.arguments,
+        X_GROUP=x.group,
         BITS=shape.bits,
         TOKENS=tokens,
         ROWS=launch.rows,
