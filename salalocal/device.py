@@ -31,6 +31,7 @@ class DeviceMemory:
 def pick_device(name: str | None = None) -> torch.device:
     """The device of that name (`cpu`, `cuda`, `cuda:1`), or the best one here if no name is given.
 
+    A card that is named becomes the current one of this thread: kernels launch there, wherever their tensors are.
     Raises: RequestError for a name of another form, BackendError for a device that is not here.
     """
     if name is None or name == "auto":
@@ -45,6 +46,7 @@ def pick_device(name: str | None = None) -> torch.device:
     index = int(number) if number else torch.cuda.current_device()
     if index >= torch.cuda.device_count():
         raise BackendError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 

@@ -37,7 +37,10 @@ def test_a_missing_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     with pytest.raises(BackendError, match="there are 2 CUDA devices"):
         pick_device("cuda:2")
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert pick_device("cuda:1") == pick_device("cuda") == torch.device("cuda", 1)
+    assert current == [1, 1]  # kernels launch on the current card
 
 
 def test_memory_figures_of_this_machine_make_sense() -> None:

@@ -66,6 +66,10 @@ CARDS = {
 }
 
 
+# Where a name has more to it than the maker: of the variants, the one that the data sheet is of.
+_DEVICE_NAMES = {"A100": "NVIDIA A100-SXM4-80GB", "H100": "NVIDIA H100 80GB HBM3"}
+
+
 @dataclass(frozen=True)
 class Projection:
     """One depth on another card, by arithmetic. Units: seconds, tokens a second; `fits` by the memory measured here."""
@@ -106,10 +110,14 @@ def _letters(name: str) -> str:
 
 
 def data_sheet_of(device_name: str) -> Card | None:
-    """The card that a device's name speaks of, such as `NVIDIA H100 80GB HBM3`; None if it is not known."""
-    name = _letters(device_name)
-    found = [card for card in CARDS.values() if _letters(card.name) in name]
-    return max(found, key=lambda card: len(card.name), default=None)
+    """The card whose full name a device has, `NVIDIA H100 80GB HBM3`; None for others, such as slower variants."""
+    return next((card for card in CARDS.values() if _device_name(card.name) == device_name), None)
+
+
+def _device_name(card_name: str) -> str:
+    """As drivers spell it."""
+    is_geforce = card_name.startswith("RTX ") and card_name[4].isdigit()
+    return _DEVICE_NAMES.get(card_name, f"NVIDIA {'GeForce ' * is_geforce}{card_name}")
 
 
 def project(result: SubjectResult, depth: DepthResult, here: Card, card: Card) -> Projection:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from salalocal.bench.ceilings import wait_for
-from salalocal.bench.subject import Drawn, OnTokens, SubjectFacts
+from salalocal.bench.subject import WARM_UP_TOKENS, Drawn, OnTokens, SubjectFacts
 from salalocal.bench.work import DenseCost, DenseShape
 from salalocal.device import device_memory
 from salalocal.errors import BackendError, MemoryBudgetError
@@ -31,7 +31,6 @@ _CARD_CHUNK = 8192
 _TRIAL_KEYS = 8  # chunks of keys behind a chunk of queries that backends are timed on
 _TRIAL_RUNS = 3
 _TOLERANCE = 0.02
-_ENOUGH_TOKENS = 4
 
 Backend = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 """q, keys, values, whether causal in; outputs and the natural log of the sum of each row's exponentials out."""
@@ -227,7 +226,7 @@ class DenseSubject:
         first, last = min(depths[0], enough), min(depths[-1], enough)
         self.read(first, lambda tokens: None)
         self.read(last - first, lambda tokens: None)
-        self.draw(_ENOUGH_TOKENS - 1, 1, True)
+        self.draw(WARM_UP_TOKENS - 1, 1, True)
 
     def begin(self, capacity: int) -> None:
         """An empty cache for so many tokens; one that is there already is used again."""

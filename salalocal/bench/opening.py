@@ -18,6 +18,7 @@ from salalocal.engine.budget import (
     PlanOptions,
     StoredWeights,
     WeightFormat,
+    check_length,
     check_lockable,
     fitted,
     longest_context,
@@ -115,6 +116,7 @@ def _random_subject(settings: Settings, device: torch.device, capacity: int) -> 
 
 def _checked_bytes(config: SalaConfig, capacity: int, options: PlanOptions, free: int) -> int:
     """What a run takes of the device. Raises: MemoryBudgetError if that, or what it locks on the host, is not free."""
+    check_length(config, capacity, options)
     plan, lockable = plan_memory(config, capacity, options), lockable_bytes() if options.is_cuda else 0
     if plan.total_bytes > free:
         longest = longest_context(config, free, options, lockable) // _ROUND_DOWN_TO * _ROUND_DOWN_TO

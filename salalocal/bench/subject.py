@@ -22,7 +22,8 @@ from salalocal.model.state import ModelState
 OnTokens = Callable[[int], None]
 """Called while tokens are read, with how many of this call's are."""
 
-_WARM_UP_DRAWS = 4
+WARM_UP_TOKENS = 4
+"""Tokens that a warm-up draws; a state has room for so many at least."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,9 @@ class EngineSubject:
         first, last = min(depths[0], enough), min(depths[-1], enough)
         self.read(first, lambda tokens: None)
         if last > first:
-            self.draw(_WARM_UP_DRAWS - 2, 1, False)
+            self.draw(WARM_UP_TOKENS - 2, 1, False)
             self.read(last - first, lambda tokens: None)
-        self.draw(_WARM_UP_DRAWS - 2, 1, True)
+        self.draw(WARM_UP_TOKENS - 2, 1, True)
         if is_card:
             self.begin(self._capacity)
             self.read(min(first, self.facts.chunk_size), lambda tokens: None)

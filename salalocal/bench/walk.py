@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from salalocal.bench.memory import peak_bytes
-from salalocal.bench.subject import Drawn, Subject, SubjectFacts
+from salalocal.bench.subject import WARM_UP_TOKENS, Drawn, Subject, SubjectFacts
 from salalocal.bench.work import Cost
 from salalocal.engine.prefill import chunk_ends
 from salalocal.errors import MemoryBudgetError
@@ -30,8 +30,8 @@ class WalkPlan:
 
     @property
     def drawn_tokens(self) -> int:
-        """Tokens that a draw adds to a state, at most."""
-        return 2 + self.gen_tokens * self.num_runs
+        """Tokens that a draw adds to a state, at most, that of a warm-up too."""
+        return max(WARM_UP_TOKENS, 2 + self.gen_tokens * self.num_runs)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ CUDA_DRIVER_BYTES = 512 * 2**20
 CUDA_CHUNKS = (8192, 4096, 2048, 1024)
 _SMALL_CARD_BYTES = 12 * 2**30
 MAX_CONTEXT_TOKENS = 2**31
+_MOST_BLOCKS = 2**16  # that the kernels of a card choose from, see `kernels.block_topk.decode_choice`
 
 # What the attention kernels hold at once, whatever the context: unmerged outputs of picked blocks, and tiles of scores.
 _MAX_PARTIAL_VALUES = 2**23
@@ -168,14 +169,27 @@ class MemoryPlan:
         return self.weight_bytes + self.state_bytes + self.activation_bytes + self.logits_bytes + self.driver_bytes
 
 
+def most_tokens(config: SalaConfig, options: PlanOptions) -> int:
+    """The longest context that can be run, whatever the memory."""
+    return _MOST_BLOCKS * config.sparse.block_size if options.is_fused else MAX_CONTEXT_TOKENS
+
+
+def check_length(config: SalaConfig, num_tokens: int, options: PlanOptions) -> None:
+    """Raises: RequestError for a context that is longer than can be run."""
+    most = most_tokens(config, options)
+    if num_tokens > most:
+        where = "on a card" if options.is_fused else "as a whole"
+        raise RequestError(f"a context of {num_tokens:,} tokens: {where} {most:,} are supported", "try --ctx 1m")
+
+
 def plan_memory(config: SalaConfig, num_tokens: int, options: PlanOptions | None = None) -> MemoryPlan:
     """The memory that a model needs for a context of `num_tokens` tokens.
 
     Raises: RequestError for a number of tokens that makes no sense.
     """
+    options = options or PlanOptions()
     if type(num_tokens) is not int or not 0 <= num_tokens <= MAX_CONTEXT_TOKENS:
         raise RequestError(f"context should be a whole number of tokens up to {MAX_CONTEXT_TOKENS}, is {num_tokens!r}")
-    options = options or PlanOptions()
     sparse = config.sparse
     num_sparse = config.mixer_types.count(SPARSE)
     pooled_row = num_sparse * sparse.num_key_value_heads * sparse.head_dim * _pooled_width(options.cache)
@@ -256,10 +270,11 @@ def longest_context(
 
     `host_bytes`: most that may be locked in host memory, None for any amount.
     """
-    fits, too_many = 0, MAX_CONTEXT_TOKENS + 1
+    options = options or PlanOptions()
+    fits, too_many = 0, most_tokens(config, options) + 1
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        choice = fitted(config, middle, memory_bytes, options or PlanOptions())
+        choice = fitted(config, middle, memory_bytes, options)
         plan = plan_memory(config, middle, choice)
         if plan.total_bytes <= memory_bytes and (host_bytes is None or plan.host_bytes <= host_bytes):
             fits = middle

@@ -8,12 +8,12 @@ from enum import Enum
 from salalocal.checkpoint.folder import stored_bytes
 from salalocal.checkpoint.hub import find_model
 from salalocal.engine.budget import (
-    MAX_CONTEXT_TOKENS,
     CacheFormat,
     MemoryPlan,
     PlanOptions,
     StoredWeights,
     WeightFormat,
+    check_length,
     fitted,
     longest_context,
     plan_memory,
@@ -171,8 +171,7 @@ def _values(words: type[Enum]) -> list[str]:
 
 def make_plan(config: SalaConfig, request: PlanRequest) -> PlanReport:
     """Work out the table. Raises: RequestError for a context that makes no sense."""
-    if request.ctx is not None and request.ctx > MAX_CONTEXT_TOKENS:
-        raise RequestError(f"--ctx {request.ctx:,} is more than {MAX_CONTEXT_TOKENS:,} tokens", "try --ctx 1m")
+    check_length(config, request.ctx or 0, request.options)
     lengths = sorted({*CONTEXTS, *([request.ctx] if request.ctx else [])})
     report = PlanReport(
         request,

@@ -20,6 +20,7 @@ from salalocal.engine.budget import (
     StoredWeights,
     WeightFormat,
     check_fits,
+    check_length,
     check_lockable,
     fitted,
     plan_memory,
@@ -232,6 +233,7 @@ def _plan(
         plan_options = replace(plan_options, weights=stored.weights, stored=stored)
     plan_options = placed(config, plan_options, options.kv_place)
     free = device_memory(device).free_bytes + (CUDA_DRIVER_BYTES if is_cuda else 0)  # the context is there already
+    check_length(config, options.num_tokens, plan_options)
     plan_options = fitted(config, options.num_tokens, free, plan_options, options.chunk_size)
     plan = plan_memory(config, options.num_tokens, plan_options)
     request = PlanRequest(name, max(1, options.num_tokens), free, plan_options, lockable_bytes() if is_cuda else None)

@@ -120,7 +120,7 @@ def open_session(settings: Settings, sources: Sources, stop: Sequence[str], tell
     runtime = open_runtime(folder, settings.model, options, codec)
     if runtime.engine.device.type == "cuda":
         tell(runtime.placement)
-        on_first_compile(lambda: tell("compiling kernels for this card, once: this start takes some 30 s longer"))
+        on_first_compile(lambda: tell("compiling kernels for this card, which later starts need not do"))
     elif settings.math is not None:
         tell(f"--math {settings.math} is for cards; this run uses {runtime.engine.device}")
     if is_builtin(settings.model):

@@ -45,11 +45,15 @@ def test_products_of_hopper_count_for_less_elsewhere() -> None:
     ("device", "name"),
     [
         ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA H200", "H200"),
         ("NVIDIA L40S", "L40S"),
-        ("NVIDIA L4", "L4"),
+        ("NVIDIA RTX A6000", "RTX A6000"),
         ("NVIDIA GeForce RTX 5090", "RTX 5090"),
-        ("Tesla T4", None),
-        ("", None),
+        *((other, None) for other in ("NVIDIA L40", "NVIDIA RTX A1000", "NVIDIA GH200 480GB", "Tesla T4", "")),
+        *((f"NVIDIA {slower}", None) for slower in ("H100 PCIe", "H100 NVL", "A100-SXM4-40GB")),
+        *((f"NVIDIA GeForce RTX {slower}", None) for slower in ("4090 Laptop GPU", "5090 D", "4080 SUPER")),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
     ],
 )
 def test_the_data_sheet_of_this_machine_is_found(device: str, name: str | None) -> None:

@@ -18,9 +18,11 @@ from salalocal.engine.budget import (
     StoredWeights,
     WeightFormat,
     check_fits,
+    check_length,
     check_lockable,
     fitted,
     longest_context,
+    most_tokens,
     plan_memory,
     weight_bytes,
     why_no_kernels,
@@ -261,7 +263,10 @@ def test_the_longest_context_fits_and_one_more_token_does_not(weights: WeightFor
     options = PlanOptions(weights, cache, stored=StoredWeights(weights, weight_bytes(RELEASED, weights)))
     for memory_bytes in (8 * GIB, 24 * GIB, 80 * GIB):
         longest = longest_context(RELEASED, memory_bytes, options)
-        assert fitted_bytes(longest + 1, memory_bytes, options) > memory_bytes
+        if longest == most_tokens(RELEASED, options):  # that the kernels choose from, whatever the memory
+            assert options.is_fused and longest == 2**16 * 64 and memory_bytes > 8 * GIB
+        else:
+            assert fitted_bytes(longest + 1, memory_bytes, options) > memory_bytes
         if longest > 0:
             assert fitted_bytes(longest, memory_bytes, options) <= memory_bytes
             check_fits(plan_memory(RELEASED, longest, fitted(RELEASED, longest, memory_bytes, options)), memory_bytes)
@@ -292,7 +297,15 @@ def test_every_size_of_card_holds_the_context_that_is_promised(
 
 def test_a_card_too_small_for_the_weights_holds_nothing() -> None:
     assert longest_context(RELEASED, 16 * GIB) == 0
-    assert longest_context(RELEASED, 2**62) == 2**31
+    assert longest_context(RELEASED, 2**62) == 2**22
+    assert longest_context(RELEASED, 2**62, PlanOptions(is_cuda=False)) == 2**31
+
+
+def test_a_context_longer_than_kernels_choose_from_is_refused() -> None:
+    check_length(RELEASED, 2**22, PlanOptions())
+    with pytest.raises(RequestError, match="on a card 4,194,304 are supported"):
+        check_length(RELEASED, 2**22 + 1, PlanOptions())
+    check_length(RELEASED, 2**22 + 1, PlanOptions(has_kernels=False))
 
 
 def test_the_largest_chunk_that_fits_is_taken_and_then_the_place_of_the_table() -> None:

@@ -55,8 +55,10 @@ def test_shortlists_lose_nothing(
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    monkeypatch.setattr(decode_choice, "LAUNCH", {80: ChoiceLaunch(2**15, 1024, 16)})
-    limits = [(1024 * part + 32) * 64 for part in (1, 2, random.Random(seed).randrange(3, 16))]
+    part_blocks = decode_choice.LAUNCH[80].part_blocks
+    monkeypatch.setattr(decode_choice, "LAUNCH", {80: ChoiceLaunch(2**15, part_blocks, 16)})
+    num_parts = ROOM // 64 // part_blocks
+    limits = [(part_blocks * part + 32) * 64 for part in (1, 2, random.Random(seed).randrange(3, num_parts))]
     for first in (5_000, 6_200, *(limit + off for limit in limits for off in (-65, 0, 64)), ROOM - 64):
         position.fill_(first)
         record.picks.fill_(-7)

@@ -234,6 +234,22 @@ def test_decode_is_dense_below_the_switch_wherever_the_step_lies(first: int, spa
         assert torch.equal(found[0, t], expected), t
 
 
+def test_decode_fills_its_room_to_the_last_block(seed: int) -> None:
+    """Where scores have room for just the blocks that can be chosen, and the last window reaches behind them."""
+    last = 17 + GEOMETRY.local_blocks - 1
+    num_tokens = 16 * last + 3  # with 4 * last - 1 windows, as many as come before the row
+    q, keys = draw(seed, num_tokens, 1)
+    k1, k2 = pooled(keys.float())
+    num_blocks = k1.shape[1] // 4 + 1 - GEOMETRY.local_blocks
+    assert num_blocks == last - GEOMETRY.local_blocks == decode_choice.LAUNCH[80].room(num_blocks)
+    exact = block_topk_reference(
+        q.float().double(), k1.double(), k2.double(), num_tokens - 1, num_tokens, GEOMETRY, SCALE
+    )
+    tensors = (q.float(), k1, k2, torch.tensor([num_tokens - 1]))
+    found = decode.block_topk_decode(*(x.to(DEVICE) for x in tensors), GEOMETRY, SCALE).cpu()
+    assert num_different(found, exact) <= 1
+
+
 @pytest.mark.parametrize("num_tokens", [1, 8, 23, 24, 31])
 def test_decode_reads_no_coarse_key_where_there_is_none_yet(num_tokens: int, seed: int) -> None:
     """Below 32 tokens; numbers are divided towards zero, and the interpreter refuses what lies in no argument."""
