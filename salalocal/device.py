@@ -14,9 +14,10 @@ if sys.platform == "linux":
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 _NEVER = 2**60  # cgroup files use huge numbers for "no limit"
-_CGROUPS = (  # versions 2 and 1: folder, file of the limit, file of the use, prefix of the names in memory.stat
-    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", ""),
-    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+_OWN_GROUPS = Path("/proc/self/cgroup")
+_CGROUPS = (  # versions 2 and 1: folder, controller, file of the limit, of the use, prefix of names in memory.stat
+    (Path("/sys/fs/cgroup"), "", "memory.max", "memory.current", ""),
+    (Path("/sys/fs/cgroup/memory"), "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 )
 
 
@@ -91,18 +92,31 @@ def _machine_memory() -> DeviceMemory:
 
 
 def _container_memory() -> tuple[int, int]:
-    """Limit and use of the control group that this process sees as its own, without file pages that can be dropped."""
-    for group, limit_file, use_file, prefix in _CGROUPS:
-        try:
-            limit = int((group / limit_file).read_text())  # "max" is no number: no limit
-            used = int((group / use_file).read_text())
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            droppable = int(stat[f"{prefix}active_file"]) + int(stat[f"{prefix}inactive_file"])
-        except (OSError, ValueError, KeyError):
-            continue
-        if limit < _NEVER:
-            return limit, max(0, used - droppable)
-    return _NEVER, 0
+    """Limit and use of this process's control group, or of the one above it that leaves less, without file pages that
+    can be dropped."""
+    found = [(_NEVER, 0)]
+    for root, controller, limit_file, use_file, prefix in _CGROUPS:
+        for group in _own_groups(root, controller):
+            try:
+                limit = int((group / limit_file).read_text())  # "max" is no number: no limit
+                used = int((group / use_file).read_text())
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                droppable = int(stat[f"{prefix}active_file"]) + int(stat[f"{prefix}inactive_file"])
+            except (OSError, ValueError, KeyError):
+                continue
+            found.append((min(limit, _NEVER), max(0, used - droppable)))
+    return min(found, key=lambda group: group[0] - group[1])
+
+
+def _own_groups(root: Path, controller: str) -> list[Path]:
+    """The folder of this process's group of a controller, and those above it; the root alone if it is not known."""
+    try:
+        lines = [line.split(":", 2) for line in _OWN_GROUPS.read_text().splitlines()]
+    except OSError:
+        return [root]
+    own = next((path for _, names, path in lines if controller in names.split(",")), "/")
+    group = Path(os.path.normpath(root / own.lstrip("/")))
+    return [folder for folder in (group, *group.parents) if folder.is_relative_to(root)] or [root]
 
 
 def _windows_memory() -> DeviceMemory:

@@ -57,7 +57,8 @@ def fake_cgroup(folder: Path, limit: str, current: int, file_bytes: int) -> None
 def test_a_container_s_limit_counts_and_file_pages_in_it_are_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_module, "_CGROUPS", ((tmp_path, "memory.max", "memory.current", ""),))
+    monkeypatch.setattr(device_module, "_CGROUPS", ((tmp_path, "", "memory.max", "memory.current", ""),))
+    monkeypatch.setattr(device_module, "_OWN_GROUPS", tmp_path / "none")
     monkeypatch.setattr(device_module, "_machine_memory", lambda: DeviceMemory(1000, 800))
     assert device_memory(torch.device("cpu")) == DeviceMemory(1000, 800)  # no such group
     fake_cgroup(tmp_path, "max", 500, 100)
@@ -66,6 +67,26 @@ def test_a_container_s_limit_counts_and_file_pages_in_it_are_free(
     assert device_memory(torch.device("cpu")) == DeviceMemory(600, 400)
     fake_cgroup(tmp_path, "600", 900, 0)
     assert device_memory(torch.device("cpu")) == DeviceMemory(600, 0)
+
+
+@pytest.mark.parametrize(("line", "controller"), [("0::/jobs/one", ""), ("9:cpu,memory:/jobs/one", "memory")])
+def test_the_limit_of_a_group_within_others_counts(
+    line: str, controller: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+    own.write_text(f"12:pids:/elsewhere\n{line}\n1:name=systemd:/other\n")
+    monkeypatch.setattr(device_module, "_OWN_GROUPS", own)
+    monkeypatch.setattr(device_module, "_CGROUPS", ((root, controller, "memory.max", "memory.current", ""),))
+    monkeypatch.setattr(device_module, "_machine_memory", lambda: DeviceMemory(1000, 800))
+    (root / "jobs" / "one").mkdir(parents=True)
+    (root / "elsewhere").mkdir()
+    fake_cgroup(root / "elsewhere", "20", 10, 0)
+    fake_cgroup(root / "jobs" / "one", "600", 300, 90)
+    assert device_memory(torch.device("cpu")) == DeviceMemory(600, 400)
+    fake_cgroup(root / "jobs", "700", 650, 0)  # others in the group above use more
+    assert device_memory(torch.device("cpu")) == DeviceMemory(700, 60)
+    own.write_text("0::/../outside\n9:memory:/../outside\n")
+    assert device_memory(torch.device("cpu")) == DeviceMemory(1000, 800)
 
 
 def test_the_peak_grows_with_what_a_process_takes() -> None:
