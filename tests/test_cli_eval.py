@@ -99,6 +99,24 @@ def test_needle_shows_a_table_and_draws_a_map(folder: Path, capsys: pytest.Captu
     assert error == "error: 0.0 % right, --at-least asks for 50.0 %" and hint.endswith("records.jsonl")
 
 
+@pytest.mark.parametrize(
+    "flags", [["--device", "cpu", "--kv-place", "host"], ["--dtype", "foo"], ["--kv-cache", "foo"], ["--math", "foo"]]
+)
+def test_a_refused_evaluation_leaves_nothing_behind(
+    flags: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = folder / "records"
+    ppl = ["eval", "ppl", "--model", str(folder / "model"), "-f", str(folder / "docs"), "--tokens", "9"]
+    for arguments in (needle(folder), ppl):
+        for place in ([], ["--out", str(out)], ["--out", str(out), "--fresh"]):
+            assert run(app, [*arguments, *flags, *place]) == 2, capsys.readouterr().err
+            assert not out.exists() and not (folder / "state").exists()
+    assert run(app, needle(folder, "--out", str(out), "--depths", "1")) == 0
+    records = (out / "records.jsonl").read_bytes()
+    assert run(app, needle(folder, *flags, "--out", str(out), "--fresh")) == 2
+    assert (out / "records.jsonl").read_bytes() == records
+
+
 def test_an_interrupt_says_that_the_run_goes_on(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ import pytest
 from salalocal.bench.ceilings import Ceilings
 from salalocal.checkpoint.hub import find_model
 from salalocal.cli import app
+from salalocal.device import DeviceMemory
 from salalocal.evals import comparison
 from salalocal.session import quantizing
 from salalocal.session.plan import RELEASED_MODEL
@@ -52,6 +53,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("SALALOCAL_MAX_TOKENS", "8")
+    # Less than the 9B needs, whatever this machine has free.
+    monkeypatch.setattr("salalocal.device._machine_memory", lambda: DeviceMemory(14 * 2**30, 6 * 2**30))
+    monkeypatch.setattr("salalocal.device._container_memory", lambda: (2**60, 0))
     catalog_cases.write_model(tmp_path / "hub" / RELEASED_MODEL, seed)
     (tmp_path / "hub" / RELEASED_MODEL / "modeling_minicpm_sala.py").write_text("raise SystemExit")
     (tmp_path / "config.py").write_text("MAX_RETRIES = 5\n")
@@ -85,7 +89,7 @@ def test_the_first_hour(
     names = [" ".join(arguments).partition(" ")[0] for arguments in commands()]
     assert names == ["doctor", "plan", "pull", "pull", "quantize", "ls", "bench", "chat"]
     assert f"to get it: salalocal pull {RELEASED_MODEL}" in said["doctor"][0]
-    assert "this plan is for its released shape" in said["plan --ctx 256k"][1]
+    assert "this plan is for its released shape" in said["plan --ctx 256k --gpu-memory 24g"][1]
     assert "to fetch: " in said["pull --dry-run"][0]
     assert "every hash is right" in said["pull"][0] and "modeling_minicpm_sala.py" in said["pull"][1]
     assert find_model(RELEASED_MODEL).path.name == hub.commit(RELEASED_MODEL)

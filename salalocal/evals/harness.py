@@ -1,6 +1,6 @@
 """The model `salalocal` for EleutherAI's lm-evaluation-harness, which brings tasks of its own.
 
-    pip install 'salalocal[harness]'
+    pip install -e '.[harness]'
     python -m salalocal.evals.harness --model salalocal --model_args model=builtin --tasks lambada_openai
 
 Arguments are those of `lm_eval`, `--device` among them; `--model_args` takes `model`, `dtype`, `math` and `kv_cache`.

@@ -1,7 +1,8 @@
 """A study: tasks in, one record for each on disk, an interrupted run goes on; for every evaluation that takes long.
 
 A results folder holds `study.json`, which says what is measured, and `records.jsonl`, one line for each finished task.
-A line is synced before the next task begins, so a kill loses one task; a torn last line is dropped.
+A line is synced before the next task begins, so a kill loses one task; a torn last line is dropped. The folder is
+only written to when the first task begins, and what ends without a record leaves nothing behind.
 """
 
 import errno
@@ -10,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,18 +65,32 @@ class Study:
         self.folder = folder
         self.identity = identity
         self.records = records
+        self._is_begun = False
 
     def run(self, tasks: Sequence[Task], on_progress: Callable[[StudyProgress], None]) -> list[Record]:
         """Run what is not done yet; gives back the records of all tasks, in their order."""
         meter = _Meter(tasks, self.records, on_progress)
         for task in tasks:
             if task.key not in self.records:
+                self._begin()
                 meter.begin(task)
                 started_s = time.monotonic()
                 record = task.run(meter.add)
                 self._append({"key": task.key, **record, "elapsed_s": round(time.monotonic() - started_s, 3)})
                 meter.end(task, self.records[task.key])
         return [self.records[task.key] for task in tasks]
+
+    def _begin(self) -> None:
+        """Write down what is measured; records of before that are not to be kept go."""
+        if self._is_begun:
+            return
+        text = json.dumps(self.identity, indent=2) + "\n"
+        with _naming_write_errors(self.folder):
+            if not self.records:
+                (self.folder / RECORDS_FILE).unlink(missing_ok=True)
+            replace_file(self.folder / STUDY_FILE, lambda file: file.write(text.encode()))
+            sync_folder(self.folder)
+        self._is_begun = True
 
     def _append(self, record: Record) -> None:
         line = json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
@@ -90,27 +105,26 @@ class Study:
 def open_study(folder: Path, identity: Record, is_fresh: bool = False) -> Iterator[Study]:
     """Begin a study in a folder, or go on with it; nobody else can while the context is open.
 
-    `identity` is all that decides the records; `is_fresh` forgets those that are there.
+    `identity` is all that decides the records; `is_fresh` forgets those that are there, once the first task begins.
     Raises: RequestError if another study is in the folder; BusyError if another process is at it; StateError for
     records that are damaged or a folder that cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{quoted_name(str(folder), 160)} is not a folder", "name another --out")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     with _naming_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with only_one(folder, "measures into it"):
         with _naming_write_errors(folder):
             remove_strays(folder)
         known = _known_identity(folder)
-        if is_fresh:
-            (folder / RECORDS_FILE).unlink(missing_ok=True)
-        elif known is not None:
+        if known is not None and not is_fresh:
             _check_identity(folder, known, identity)
-        text = json.dumps(identity, indent=2) + "\n"
-        with _naming_write_errors(folder):
-            replace_file(folder / STUDY_FILE, lambda file: file.write(text.encode()))
-            sync_folder(folder)
-        yield Study(folder, identity, _read_records(folder / RECORDS_FILE))
+        study = Study(folder, identity, {} if is_fresh else _read_records(folder / RECORDS_FILE))
+        try:
+            yield study
+        finally:
+            _take_back_empty(folder, made)
 
 
 def identity_name(identity: Record) -> str:
@@ -170,6 +184,17 @@ class _Meter:
         )
 
 
+def _take_back_empty(folder: Path, made: Sequence[Path]) -> None:
+    """Without a record, remove the study's files and the folders that were made for it, the innermost first."""
+    records = folder / RECORDS_FILE
+    with suppress(OSError):  # what stays is in nobody's way, and an error on its way out says more
+        if not records.exists() or records.stat().st_size == 0:
+            for path in (records, folder / STUDY_FILE):
+                path.unlink(missing_ok=True)
+            for path in made:
+                path.rmdir()
+
+
 def _known_identity(folder: Path) -> Record | None:
     """What the folder says is measured in it; None for an empty one."""
     path = folder / STUDY_FILE
@@ -212,7 +237,8 @@ def _read_records(path: Path) -> dict[str, Record]:
 
 
 def _damaged(path: Path) -> StateError:
-    return StateError(f"{quoted_name(str(path), 160)} is damaged", "begin anew with --fresh")
+    hint = "begin anew with --fresh" if path.name == RECORDS_FILE else "name another --out"
+    return StateError(f"{quoted_name(str(path), 160)} is damaged", hint)
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """A drawing of rectangles, lines and words: figures go in, an SVG or PNG file comes out; for plots and heat maps.
 
-The SVG is written here. A PNG is painted by Pillow, which is installed with `salalocal[plot]`.
+The SVG is written here. A PNG is painted by Pillow, which the extra `plot` installs.
 Units: pixels from the upper left corner; a text stands on its y.
 """
 
+import errno
 import io
 import itertools
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Any, Literal
 from xml.sax.saxutils import escape, quoteattr
 
 from salalocal.durable import replace_file
-from salalocal.errors import RequestError
+from salalocal.errors import RequestError, StateError
 from salalocal.prompt.visible import visible
 
 Point = tuple[float, float]
@@ -105,14 +106,17 @@ class Picture:
     def save(self, path: Path) -> None:
         """Write the drawing in the format that the name ends in.
 
-        Raises: RequestError as `check_picture`, or if the file cannot be written.
+        Raises: RequestError as `check_picture`, or if the file cannot be written; StateError if there is no room.
         """
         check_picture(path)
         data = self._png() if path.suffix.lower() == ".png" else self.svg().encode()
         try:
             replace_file(path, lambda file: file.write(data))
         except OSError as error:
-            raise RequestError(f"{path}: cannot write: {error.strerror or error}", "name another file") from error
+            message = f"{path}: cannot write: {error.strerror or error}"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise StateError(message, "make room, or name a file elsewhere") from error
+            raise RequestError(message, "name another file") from error
 
     def _png(self) -> bytes:
         from PIL import Image, ImageDraw
@@ -142,7 +146,7 @@ def check_picture(path: Path) -> None:
             import PIL.ImageFont  # noqa: F401
         except ImportError:
             raise RequestError(
-                f"{path}: PNG needs Pillow, which is not installed", "pip install 'salalocal[plot]', or name a .svg"
+                f"{path}: PNG needs Pillow, which is not installed", "pip install Pillow, or name a .svg"
             ) from None
 
 

@@ -127,14 +127,14 @@ def plan_lines(report: PlanReport) -> Iterator[str]:
     )
     yield ""
     yield (
-        f"{'context':>9} {'weights':>8} {'cache':>7} {'states':>7} {'work':>6} {'total':>7}  GiB"
-        f"{'   on host' if is_on_host else ''}"
+        f"{'context':>9} {'weights':>8} {'cache':>7} {'states':>7} {'work':>6} {'total':>7}  "
+        f"{'GiB        on host' if is_on_host else 'GiB'}"
     )
     for plan in report.plans:
         verdict = "fits" if request.holds(plan) else "too large"
         mark = "*" if plan.num_tokens == request.ctx else " "
-        host = f"{plan.host_bytes / GIB:>{13 - len(verdict)}.2f}" if is_on_host else ""
-        yield f"{short_tokens(plan.num_tokens):>8}{mark} {_plan_figures(plan)}  {verdict}{host}"
+        last = f"{verdict:<9}  {plan.host_bytes / GIB:>7.2f}" if is_on_host else verdict
+        yield f"{short_tokens(plan.num_tokens):>8}{mark} {_plan_figures(plan)}  {last}"
     yield ""
     if request.ctx is not None:
         yield f"* asked: {request.ctx:,} tokens"

@@ -85,6 +85,7 @@ def test_memory_and_device_are_checked_first(tmp_path: Path, subject: Subject) -
     large = Questionnaire("made", ("length",), {}, cases(1), 2 * 10**9)
     with pytest.raises(MemoryBudgetError):
         answer_all(subject, large, Place(tmp_path / "a"), watch([], []))
+    assert not (tmp_path / "a").exists()
     settings = Settings(model=subject.settings.model, device="cuda:99")
     with pytest.raises(BackendError):
         answer_all(

@@ -53,13 +53,15 @@ def test_every_cut_of_the_records_loses_at_most_the_torn_line(tmp_path: Path) ->
     with open_study(tmp_path, IDENTITY) as study:
         study.run(tasks(3, []), ignore)
     path = tmp_path / RECORDS_FILE
-    data = path.read_bytes()
+    data, identity = path.read_bytes(), (tmp_path / STUDY_FILE).read_bytes()
     ends = [end + shift for end, byte in enumerate(data, 1) if byte == 10 for shift in (-1, 0, 1)]
     for length in {*range(0, len(data), 13), *ends} - {len(data) + 1}:
         path.write_bytes(data[:length])
+        (tmp_path / STUDY_FILE).write_bytes(identity)
         with open_study(tmp_path, IDENTITY) as study:
             assert len(study.records) == data[:length].count(b"\n")
-        assert path.read_bytes() == data[: data[:length].rfind(b"\n") + 1]
+        whole = data[: data[:length].rfind(b"\n") + 1]
+        assert (path.read_bytes() == whole) if whole else not path.exists()
 
 
 def test_progress_counts_tasks_tokens_and_right_answers(tmp_path: Path) -> None:
@@ -79,10 +81,31 @@ def test_another_study_is_refused_and_fresh_begins_anew(tmp_path: Path) -> None:
     other = {**IDENTITY, "seed": 2}
     with pytest.raises(RequestError, match="differs in seed"), open_study(tmp_path, other):
         pass
-    with open_study(tmp_path, other, is_fresh=True) as study:
+    before = (tmp_path / RECORDS_FILE).read_bytes()
+    with open_study(tmp_path, other, is_fresh=True) as study:  # nothing is asked: the old one stays as it is
         assert study.records == {}
+    assert (tmp_path / RECORDS_FILE).read_bytes() == before
+    with open_study(tmp_path, other, is_fresh=True) as study:
+        assert len(study.run(tasks(1, []), ignore)) == 1
     with open_study(tmp_path, other) as study:
-        assert json.loads((tmp_path / STUDY_FILE).read_text())["seed"] == 2
+        assert json.loads((tmp_path / STUDY_FILE).read_text())["seed"] == 2 and list(study.records) == ["0"]
+
+
+def test_what_ends_without_a_record_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "s"
+    with pytest.raises(RequestError), open_study(folder, IDENTITY):
+        assert list(folder.iterdir()) == []
+        raise RequestError("no such dtype", "")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(KeyboardInterrupt), open_study(folder, IDENTITY) as study:
+        study.run(tasks(1, [], fail_at="0"), ignore)
+    assert list(tmp_path.iterdir()) == []
+    folder.mkdir(parents=True)  # a folder of the user's stays, and takes any study
+    with open_study(folder, IDENTITY):
+        pass
+    with open_study(folder, {**IDENTITY, "seed": 2}) as study:
+        study.run(tasks(1, []), ignore)
+    assert sorted(path.name for path in folder.iterdir()) == [RECORDS_FILE, STUDY_FILE]
 
 
 def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
@@ -99,11 +122,14 @@ def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
 def test_damage_is_named(tmp_path: Path) -> None:
     for name, content in ((RECORDS_FILE, b"{not json\n"), (RECORDS_FILE, b"[1]\n"), (STUDY_FILE, b"{")):
         folder = tmp_path / content.hex()
-        with open_study(folder, IDENTITY):
-            pass
+        with open_study(folder, IDENTITY) as study:
+            study.run(tasks(1, []), ignore)
         (folder / name).write_bytes(content)
-        with pytest.raises(StateError, match=name), open_study(folder, IDENTITY):
+        with pytest.raises(StateError, match=name) as raised, open_study(folder, IDENTITY):
             pass
+        if "--fresh" in raised.value.hint:  # what a hint says works
+            with open_study(folder, IDENTITY, is_fresh=True) as study:
+                study.run(tasks(1, []), ignore)
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,13 @@
 """Pictures: an SVG that any XML reader takes, a PNG that shows what was drawn, and refusals that say what to do."""
 
+import errno
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from salalocal.errors import RequestError
+from salalocal.errors import RequestError, StateError
 from salalocal.terminal.picture import Picture, check_picture
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -55,7 +56,7 @@ def test_svg_needs_no_pillow_and_png_says_how_to_get_it(tmp_path: Path, monkeypa
     ElementTree.parse(tmp_path / "plot.svg")
     with pytest.raises(RequestError, match="Pillow") as caught:
         drawn().save(tmp_path / "plot.png")
-    assert "salalocal[plot]" in caught.value.hint
+    assert "pip install Pillow" in caught.value.hint
     assert not (tmp_path / "plot.png").exists()
 
 
@@ -71,3 +72,13 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "plot.svg").mkdir()
     with pytest.raises(RequestError, match=r"plot\.svg: cannot write"):
         drawn().save(tmp_path / "plot.svg")
+
+
+def test_a_full_disk_is_no_mistake_in_the_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, write: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("salalocal.terminal.picture.replace_file", full)
+    with pytest.raises(StateError, match=r"plot\.svg: cannot write: No space left") as caught:
+        drawn().save(tmp_path / "plot.svg")
+    assert caught.value.exit_code == 4 and "make room" in caught.value.hint

@@ -1,6 +1,7 @@
 """Trees, tables and JSON documents."""
 
 import json
+import re
 
 import pytest
 
@@ -81,6 +82,20 @@ def test_a_plan_fits_a_narrow_terminal_and_marks_what_was_asked() -> None:
     assert next(line for line in lines if "*" in line).strip().startswith("100000*")
     assert any(line.endswith("fits") for line in lines) and any(line.endswith("too large") for line in lines)
     assert any(line.startswith("longest context that fits: ") for line in lines)
+
+
+def test_a_plan_with_host_memory_keeps_its_columns() -> None:
+    options = PlanOptions(WeightFormat.INT4, CacheFormat.BF16, is_kv_on_host=True)
+    wanted = PlanRequest("m", 2**20, 8 * 2**30, options, host_bytes=4 * 2**30)
+    lines = list(plan_lines(make_plan(SalaConfig.released(), wanted)))
+    first = lines.index("") + 1
+    head, *rows = lines[first : lines.index("", first)]
+    verdict_at, host_at = head.index("GiB"), head.index("on host")
+    assert {row[verdict_at : verdict_at + 9].strip() for row in rows} == {"fits", "too large"}
+    for row in rows:
+        assert len(row) == len(head) <= 80 and float(row[host_at:]) > 0 and row[verdict_at + 9 : host_at].strip() == ""
+        for word in list(re.finditer(r"\S+", head))[1:6]:
+            assert row[word.end() - 1 : word.end() + 1] in [f"{digit} " for digit in range(10)]
 
 
 def test_a_refusal_has_the_figures() -> None:
