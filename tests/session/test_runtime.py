@@ -155,8 +155,14 @@ def test_a_card_of_some_size_gets_its_plan(
     else:
         with pytest.raises(RequestError, match="needs the kernels for cards"):
             runtime_module._plan(checkpoint, torch.device("cuda"), dtype, replace(options, kv_place="host"), "small")
+    too_long = LoadOptions("cuda", num_tokens=2**31)
+    if plan.is_fused:
+        with pytest.raises(RequestError, match="on a card 524,288 are supported"):
+            runtime_module._plan(checkpoint, torch.device("cuda"), dtype, too_long, "small")
+        too_long = replace(too_long, num_tokens=2**19)
+        monkeypatch.setattr(runtime_module, "device_memory", lambda device: DeviceMemory(2**30, 2**24))
     with pytest.raises(MemoryBudgetError, match="tokens needs"):
-        runtime_module._plan(checkpoint, torch.device("cuda"), dtype, LoadOptions("cuda", num_tokens=2**31), "small")
+        runtime_module._plan(checkpoint, torch.device("cuda"), dtype, too_long, "small")
 
 
 @pytest.mark.parametrize(
