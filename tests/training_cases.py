@@ -1,16 +1,21 @@
 """A small corpus and a maker of samples over it, for the tests of training."""
 
+import dataclasses
 import random
 from pathlib import Path
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer
 
 from training.archive import ArchiveMaker
 from training.corpus import LINE, Corpus, SourceFile
 from training.invent import piece_list, word_list
+from training.model import LIGHTNING, SPARSE, EmbeddedModel, Shape
 from training.tokenizer import BUILTIN
+from training.trainer import Trainer
 
+SMALL_SHAPE = dataclasses.replace(Shape(), intermediate_size=64, mixer_types=(LIGHTNING, SPARSE, SPARSE, SPARSE))
 EXAMPLE = Path(__file__).parents[1] / "examples" / "beacon"
 
 
@@ -37,3 +42,10 @@ def small_maker(seed: int) -> ArchiveMaker:
     """A maker of samples over the small corpus."""
     corpus = small_corpus()
     return ArchiveMaker(corpus, words_of(corpus, False), random.Random(seed), piece_list(corpus.tokenizer))
+
+
+def trainer_in(folder: Path, seed: int) -> Trainer:
+    """A trainer of a small new model, which has all the time in the world."""
+    torch.manual_seed(seed)
+    folder.mkdir(exist_ok=True)
+    return Trainer(EmbeddedModel(SMALL_SHAPE), torch.device("cpu"), folder, 1e6)

@@ -8,7 +8,8 @@ training/batches.py and training/evaluate.py.
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,13 +17,12 @@ from training import wording
 from training.corpus import Corpus, SourceFile
 from training.facts import Fact
 from training.invent import Inventor
+from training.transcript import Prompt, Sample, Transcript, Turn
 
-IGNORE, TEXT, ANSWER = 0, 1, 2
 ASSIGNED = re.compile(r"\s*([A-Za-z_]\w*)(?:: [^=]+)? = ")
 DECLARED = re.compile(r"\s*(?:async def|def|class) (\w+)")
 IMPORTED = re.compile(r"\s*from ([\w.]+) import")
 NAMED_BY_DEFINITION = ("def", "class", "default", "return", "doc", "where")
-MAX_ANSWER_TOKENS = 40
 TOKENS_PER_TURN = 46
 KIND_WEIGHTS = {
     "value": 5.0,
@@ -53,37 +53,9 @@ class Document:
         return sum(map(len, self.ids))
 
 
-@dataclass
-class Turn:
-    """A question with its answer and the document lines (document, line) the answer is copied from.
-
-    `pointers`, where a maker knows them exactly: per id of the answer the position it is copied from, and the one that
-    the way there leads over.
-    """
-
-    kind: str
-    question: str
-    answer: str
-    document: int = -1
-    line: int = -1
-    key: str = ""
-    pointers: tuple[list[int], list[int]] | None = None
-
-
-@dataclass
-class Sample:
-    """A conversation as ids. Each id as a target has its mark, the position it is copied from (`sources`) and the
-    position of the asked name's definition (`hops`); each id of a document has its header's position (`headers`); -1 is
-    none. The questions begin at `boundary`.
-    """
-
-    ids: np.ndarray
-    marks: np.ndarray
-    sources: np.ndarray
-    hops: np.ndarray
-    headers: np.ndarray
-    boundary: int
-    turns: list[Turn] = field(default_factory=list)
+def unique_paths(documents: Iterable[Document]) -> list[Document]:
+    """The documents without a second one of the same path."""
+    return list({document.path: document for document in documents}.values())
 
 
 class ArchiveMaker:
@@ -192,7 +164,11 @@ class ArchiveMaker:
             rows, facts = ["# " + text], [("begins", begin, text, 0, "")]
         else:
             rows, facts = self.invented_function()
-        lines = [indent + row + "\n" for row in rows]
+        self.insert(document, at, [indent + row for row in rows], facts)
+
+    def insert(self, document: Document, at: int, rows: list[str], facts: list[tuple[str, str, str, int, str]]) -> None:
+        """Puts rows in front of line `at` of a file, unless it would end an open line; facts count rows from there."""
+        lines = [row + "\n" for row in rows]
         if at > 0 and not document.lines[at - 1].endswith("\n"):
             return
         document.lines[at:at] = lines
@@ -305,7 +281,7 @@ class ArchiveMaker:
         if kind in wording.IN_FILE and documents and rng.random() < 0.3:
             question = rng.choice(wording.IN_FILE[kind]).format(k=key, f=rng.choice(documents).path)
         name = f"The {key}" if kind == "fact" else key
-        return Turn("missing", question, wording.NOT_FOUND.format(k=name))
+        return Turn("missing", question, wording.NOT_FOUND.format(k=name), key=key)
 
     def chat(self) -> Turn:
         """Small talk and requests that are refused."""
@@ -348,7 +324,9 @@ class ArchiveMaker:
             self.twin(open_files)
         return documents
 
-    def prompt(self, documents: list[Document], system: str = "") -> tuple[list[int], list[list[int]], list[int]]:
+    def prompt(
+        self, documents: list[Document], system: str = "", first: int = 1
+    ) -> tuple[list[int], list[list[int]], list[int]]:
         """Ids up to the first question, the position of every line, and where each path stands."""
         ids = [1]
         if system:
@@ -359,7 +337,7 @@ class ArchiveMaker:
         ids += self.encode("<documents>\n")
         line_at: list[list[int]] = []
         path_at: list[int] = []
-        for number, document in enumerate(documents, start=1):
+        for number, document in enumerate(documents, start=first):
             ids += self.encode(f'<document index="{number}">\n')
             path_at.append(len(ids))
             ids += self.encode(f"<source>{document.path}</source>\n<document_content>\n")
@@ -373,19 +351,6 @@ class ArchiveMaker:
                 "\n</document_content>\n</document>\n" if ends_open else "</document_content>\n</document>\n"
             )
         return ids + self.encode("</documents>\n\n"), line_at, path_at
-
-    def sources_of(self, answer: list[int], ids: list[int], start: int, end: int, has_first: bool = False) -> list[int]:
-        """The position between start and end each answer id is copied from, or -1; for the first id only on request."""
-        window, tail = ids[start:end], answer[1:]
-        for length in range(len(tail), 0, -1):
-            for offset in range(len(window) - length + 1):
-                if window[offset : offset + length] == tail[:length]:
-                    is_first = has_first and offset > 0 and window[offset - 1] == answer[0]
-                    first = start + offset - 1 if is_first else -1
-                    return [first, *range(start + offset, start + offset + length), *[-1] * (len(tail) - length)]
-            if length < len(tail) - 1:
-                break
-        return [-1] * len(answer)
 
     def sample(self, length: int) -> Sample:
         """A conversation of at most `length` + 1 tokens over one archive."""
@@ -411,73 +376,10 @@ class ArchiveMaker:
         path_at: list[int],
         turns: list[Turn],
         length: int,
+        first: int = 1,
     ) -> Sample:
-        """Appends as many turns as fit and marks what the loss needs."""
-        boundary = len(ids)
-        ids = list(ids)
-        marks = [TEXT] * boundary
-        sources = [-1] * boundary
-        hops = [-1] * boundary
-        used: list[Turn] = []
+        """Appends as many turns as fit and marks what the loss needs; `first` is the first document's number."""
+        transcript = Transcript(Prompt(list(documents), ids, line_at, path_at, first), self.tokenizer, length)
         for turn in turns:
-            question = self.encode(turn.question)
-            answer = self.encode(turn.answer)
-            lead = [] if not used else [*self.newline, *self.user]
-            is_long = turn.pointers is None and len(answer) > MAX_ANSWER_TOKENS
-            if is_long or len(ids) + len(lead) + len(question) + len(answer) + 12 > length + 1:
-                continue
-            ids += lead + question + self.assistant
-            marks += [IGNORE] * (len(ids) - len(marks))
-            sources += [-1] * (len(ids) - len(sources))
-            found, hop = [-1] * len(answer), -1
-            if turn.document >= 0:
-                start = line_at[turn.document][turn.line]
-                end = min(start + 60, boundary)
-                if turn.kind == "where":
-                    path = self.encode(documents[turn.document].path)
-                    found = self.path_sources(answer, path, ids, path_at[turn.document])
-                    hop = max(self.sources_of(self.encode(turn.key), ids, start, end))
-                else:
-                    found = self.sources_of(answer, ids, start, end, turn.kind == "doc")
-            ids += [*answer, self.im_end]
-            marks += [ANSWER] * (len(answer) + 1)
-            sources += [*found, -1]
-            hops += [-1] * (len(ids) - len(hops))
-            if hop >= 0:
-                hops[-len(answer) - 1 :] = [hop] * (len(answer) + 1)
-            if turn.pointers is not None:
-                sources[-len(answer) - 1 : -1], hops[-len(answer) - 1 : -1] = turn.pointers
-            used.append(turn)
-        pad = length + 1 - len(ids)
-        marks += [IGNORE] * pad
-        sources += [-1] * pad
-        hops += [-1] * (length + 1 - len(hops))
-        ids += [2] * pad
-        headers = np.full(length + 1, -1, np.int32)
-        for number, places in enumerate(line_at):
-            headers[places[0] : places[-1] + 1] = self.header_end(ids, path_at[number])
-        arrays = (
-            np.array(ids, np.int32),
-            np.array(marks, np.int8),
-            np.array(sources, np.int32),
-            np.array(hops, np.int32),
-        )
-        return Sample(*arrays, headers, boundary, used)
-
-    def header_end(self, ids: list[int], start: int) -> int:
-        """Where the line with the path ends: its last id before the newline."""
-        return ids.index(self.newline[0], start) - 1
-
-    @staticmethod
-    def path_sources(answer: list[int], path: list[int], ids: list[int], start: int) -> list[int]:
-        """Positions, in its document's header, of the path's ids inside the answer."""
-        found = [-1] * len(answer)
-        for at in range(len(answer) - len(path) + 1):
-            if answer[at + 1 : at + len(path)] == path[1:]:
-                header = ids[start : start + len(path) + 8]
-                for offset in range(len(header) - len(path) + 1):
-                    if header[offset + 1 : offset + len(path)] == path[1:]:
-                        for i in range(len(path)):
-                            found[at + i] = start + offset + i
-                        return found
-        return found
+            transcript.add(turn)
+        return transcript.sample()

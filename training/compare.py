@@ -17,14 +17,15 @@ from pathlib import Path
 
 import torch
 
-from training.archive import ArchiveMaker, Sample
+from training.archive import ArchiveMaker
 from training.corpus import Corpus
 from training.invent import word_list
 from training.model import EmbeddedModel, Shape
 from training.needles import NeedleMaker
 from training.rounds import RoundMaker
 from training.score import Counts, score
-from training.train import restore
+from training.trainer import restore
+from training.transcript import Sample
 
 SEEN_IN_TRAINING = "rich"  # pip, a training package, carries a copy of it
 ROUNDS_EVERY = 8

@@ -20,7 +20,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count
@@ -38,9 +38,10 @@ from salalocal.evals.study import StudyProgress
 from salalocal.prompt.pack import PromptPack
 from salalocal.session.plan import short_tokens
 from salalocal.settings import Settings, parse_tokens
-from training.archive import KIND_WEIGHTS, MAX_ANSWER_TOKENS, ArchiveMaker, Document, Turn
+from training.archive import KIND_WEIGHTS, ArchiveMaker, Document, unique_paths
 from training.corpus import Corpus
 from training.invent import word_list
+from training.transcript import MAX_ANSWER_TOKENS, Turn
 
 Way = Literal["picked", "dense", "silent"]
 
@@ -81,11 +82,6 @@ class Archive:
         """A hash of every file, question and answer."""
         said = repr([(turn.question, turn.answer) for turn in self.turns])
         return hashlib.sha256((self.pack.digest + said).encode()).hexdigest()
-
-
-def unique_paths(documents: Iterable[Document]) -> list[Document]:
-    """The documents without a second one of the same path."""
-    return list({document.path: document for document in documents}.values())
 
 
 def heldout_corpus() -> Corpus:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from training.model import EmbeddedModel, Shape
-from training.train import restore
+from training.trainer import restore
 
 EXPORTED = Path(__file__).parent / "runs" / "exported"
 CHAT_TEMPLATE = """\

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.addresses import AddressRows
 from training.selection import Geometry, SupervisedRows, auxiliary_losses, sparse_attention
 
 LIGHTNING, SPARSE = "lightning-attn", "minicpm4"
@@ -183,12 +184,15 @@ Watched = list[tuple[SupervisedRows, int]]
 @dataclass(frozen=True)
 class Hints:
     """Rows under the auxiliary losses: `copies` look at the token to copy, `hops` at the asked name, `headers` at their
-    file.
+    file; `bodies` know the number of their document behind the first sparse layer, `asked` (answers and headers) that
+    of the document in question in front of the last one.
     """
 
     copies: SupervisedRows
     hops: SupervisedRows
     headers: SupervisedRows
+    bodies: AddressRows
+    asked: AddressRows
 
     def watched(self, layer: int, num_layers: int) -> Watched:
         """What the sparse layer of that order has to look at, and with which group."""
@@ -298,9 +302,16 @@ class EmbeddedModel(nn.Module):
                 block.self_attn.k_proj.weight.mul_(1.6)
 
     def forward(
-        self, ids: Tensor, cut: Tensor | None = None, hints: Hints | None = None, is_zeroed: bool = False
+        self,
+        ids: Tensor,
+        cut: Tensor | None = None,
+        hints: Hints | None = None,
+        is_zeroed: bool = False,
+        probes: nn.ModuleList | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states after the final norm [B, T, D]; with hints, `auxiliary_losses` by sparse layer [layers, 3]."""
+        """Hidden states after the final norm [B, T, D]; with hints, by sparse layer, `auxiliary_losses` and what
+        `probes`, one for the first layer and one for the last, find [layers, 5].
+        """
         if cut is None:
             cut = torch.full((ids.shape[0],), ids.shape[1], device=ids.device)
         h = self.model.embed_tokens(ids) * self.shape.scale_emb
@@ -311,13 +322,19 @@ class EmbeddedModel(nn.Module):
         mlp_part = self.mlp_part if is_training else Block.mlp_part
         for block in self.model.layers:
             if block.is_sparse:
-                watched = [] if hints is None else hints.watched(len(losses), num_sparse)
+                order = len(losses)
+                watched = [] if hints is None else hints.watched(order, num_sparse)
+                told = torch.zeros(2, device=h.device)
+                if hints is not None and probes is not None and order == num_sparse - 1:
+                    told = torch.stack(probes[1](h, hints.asked))
                 h, found = block.sparse_part(h, watched, is_zeroed)
-                losses.extend(found)
+                if hints is not None and probes is not None and order == 0:
+                    told = torch.stack(probes[0](h, hints.bodies))
+                losses.extend(torch.cat([loss, told]) for loss in found)
                 h = mlp_part(block, h)
             else:
                 h = lightning_part(block, h, cut)
-        stacked = torch.stack(losses) if losses else torch.zeros(num_sparse, 3, device=ids.device)
+        stacked = torch.stack(losses) if losses else torch.zeros(num_sparse, 5, device=ids.device)
         return rms_norm(h, self.model.norm.weight, self.shape.rms_norm_eps), stacked
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ import numpy as np
 from tokenizers import Encoding
 
 from training import wording
-from training.archive import ArchiveMaker, Document, Sample, Turn
+from training.archive import ArchiveMaker, Document
 from training.invent import NOUNS
+from training.transcript import Sample, Turn
 
 TOKENS_PER_BUNDLE = 110
 ABSENT_SHARE = 0.15

@@ -7,7 +7,8 @@ training/batches.py, training/compare.py.
 import string
 
 from training import wording
-from training.archive import ArchiveMaker, Sample, Turn
+from training.archive import ArchiveMaker
+from training.transcript import Sample, Turn
 
 
 class RoundMaker:

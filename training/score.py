@@ -8,9 +8,10 @@ from collections import defaultdict
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from training.archive import ANSWER, Sample
 from training.model import EmbeddedModel
+from training.transcript import ANSWER, Sample
 
 Counts = dict[str, tuple[int, int]]
 
@@ -50,6 +51,21 @@ def score(
                 counts[name][0] += is_right
                 counts[name][1] += 1
     return {name: (right, asked) for name, (right, asked) in counts.items()}
+
+
+@torch.no_grad()
+def text_loss(model: EmbeddedModel, samples: list[Sample], device: torch.device) -> float:
+    """Mean cross entropy of the ids of the documents, in nats."""
+    total, num_ids = 0.0, 0
+    for sample in samples:
+        length = sample.boundary // 128 * 128
+        ids = torch.from_numpy(sample.ids[: length + 1].astype(np.int64)).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            hidden, _ = model(ids[None, :-1])
+            logits = model.logits(hidden[0])
+        total += float(F.cross_entropy(logits.float(), ids[1:], reduction="sum"))
+        num_ids += length
+    return total / max(1, num_ids)
 
 
 def shares(counts: Counts) -> str:

@@ -5,9 +5,10 @@ import random
 import numpy as np
 from training_cases import small_corpus, small_maker, words_of
 
-from training.archive import ANSWER
 from training.batches import KINDS, Stream, collate, maker_for
 from training.needles import NeedleMaker
+from training.stages import Phase, only
+from training.transcript import ANSWER
 
 
 def test_linked_rows_of_documents_and_answers_are_shown_the_way(seed: int) -> None:
@@ -24,7 +25,8 @@ def test_linked_rows_of_documents_and_answers_are_shown_the_way(seed: int) -> No
 
 
 def test_kinds_name_the_question_of_every_answer_id(seed: int) -> None:
-    batch = next(iter(Stream(small_corpus(), words_of(small_corpus(), False), 600, 4, 0.5, seed, 0.6)))
+    phase = Phase(only(600, 4), 1.0, 0.5, (1.0, 1.0), needle_share=0.4, aimed_share=0.2)
+    batch = next(iter(Stream(small_corpus(), words_of(small_corpus(), False), phase, f"{seed}")))
     kinds, is_answer = batch.kinds.numpy(), (batch.marks == ANSWER).numpy()
     assert kinds.shape == is_answer.shape
     assert (kinds[~is_answer] == 0).all()

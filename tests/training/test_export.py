@@ -7,7 +7,7 @@ import torch
 
 from training.export import move_towards
 from training.model import LIGHTNING, SPARSE, EmbeddedModel, Shape
-from training.train import save
+from training.trainer import save
 
 SHAPE = dataclasses.replace(Shape(), vocab_size=64, intermediate_size=32, mixer_types=(LIGHTNING, SPARSE))
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from training_cases import small_corpus, small_maker, words_of
 
-from training.archive import ANSWER, Sample
 from training.needles import TASK_WEIGHTS, Ask, Bundle, NeedleMaker
 from training.score import answer_spans
+from training.transcript import ANSWER, Sample
 from training.wording import FOUND, NOT_FOUND
 
 FRAME = re.compile(r"\Auser\n|</?document(?:s|_content)?(?: index=.\d+.)?>|</?source>")
@@ -44,9 +44,9 @@ def test_answers_are_copied_from_where_their_sources_say(maker: NeedleMaker, len
             assert decode(sample.ids[first : stop - 1].tolist()) == turn.answer
             for row in range(first, stop):
                 source = sample.sources[row]
-                if source >= 0:
+                assert source < row
+                if 0 <= source < sample.boundary:
                     num_copied += 1
-                    assert source < sample.boundary
                     written, stands = (decode([int(sample.ids[at])]).strip() for at in (row, source))
                     assert written.removeprefix("`") == stands  # a path's first id may hold the quote before it
     assert num_copied > 200

@@ -10,7 +10,7 @@ from salalocal.model.sala import SalaModel
 from training.model import EmbeddedModel, Shape
 from training.selection import Geometry
 from training.tokenizer import BUILTIN
-from training.train import restore
+from training.trainer import restore
 
 TOLERANCE = 1e-3
 LAYERS = ("lightning-attn", "minicpm4", "lightning-attn", "minicpm4")
