@@ -18,6 +18,7 @@ from salalocal.engine.picks import Picks, first_picking
 from salalocal.engine.prompt_lookup import PromptLookup
 from salalocal.engine.sampling import Sampler
 from salalocal.errors import NumericError, StateError
+from salalocal.kernels.host_memory import wait_for_card
 from salalocal.kernels.lightning_decode import MAX_STEPS
 from salalocal.kernels.pick_ring import PickRing
 from salalocal.model.mixers.sparse import SparseState
@@ -92,7 +93,10 @@ class Decoder:
     def _new_run(self, token: int) -> "_Run":
         if self._ring is None:
             self._ring = new_ring(self._model.model.config, self._model.model.device)
-        return _Run(self._model, self._state, token, self._sampler, min(self._left, ROOM_TOKENS), self._ring)
+        run = _Run(self._model, self._state, token, self._sampler, min(self._left, ROOM_TOKENS), self._ring)
+        # A step that ran ahead uses what goes back with it, and torch waits for the stream of the capture alone.
+        weakref.finalize(run, wait_for_card).atexit = False
+        return run
 
     def _settle(self) -> None:
         if self._run is not None and self._run.is_under_way:
@@ -105,10 +109,8 @@ class Decoder:
         if run is not None:
             with torch.inference_mode():
                 run.end()
+            del run
             if self._model.model.device.type == "cuda":
-                # A step that ran ahead uses what goes back, and torch waits for the stream of the capture alone.
-                torch.cuda.synchronize()
-                del run
                 torch.cuda.empty_cache()  # the memory of a graph that is gone comes back in no other way
 
 

@@ -1,9 +1,13 @@
 """Answers of the fused model against its own chunks and against the module tree, on a CPU, without graphs."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from fused_cases import CPU, packed_model, random_ids, read_by_modules, relative_error
 
+from salalocal.engine.fused import decoder as decoder_module
 from salalocal.engine.fused.decoder import Decoder
 from salalocal.engine.fused.model import FusedModel
 from salalocal.engine.picks import PickLog, newest_picks
@@ -43,6 +47,28 @@ def test_a_state_is_what_it_would_be_had_its_tokens_been_read(seed: int, model: 
     for layer, expected in zip(state.layers, again.layers, strict=True):
         for name, tensor in layer.tensors().items():
             assert relative_error(tensor, expected.tensors()[name]) < 2e-2, name
+
+
+def test_the_card_is_waited_for_before_what_steps_use_goes_back(
+    seed: int, model: FusedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When an answer ends, and when it is dropped in the middle."""
+    happened: list[str] = []
+    monkeypatch.setattr(decoder_module, "wait_for_card", lambda: happened.append("wait"))
+    state = read(model, seed)
+    for is_settled in (True, False):
+        fork = state.fork()
+        decoder = Decoder(model, fork, Sampler(GREEDY), 8)
+        decoder.next_token(7)
+        assert decoder._run is not None
+        weakref.finalize(decoder._run._tensors, happened.append, "gone")  # as a graph and its memory go
+        assert happened == []
+        if is_settled:
+            fork.settle()
+        del decoder, fork
+        gc.collect()
+        assert happened == ["wait", "gone"]
+        happened.clear()
 
 
 def test_forks_made_in_the_middle_go_their_own_ways(seed: int, model: FusedModel) -> None:
