@@ -4,8 +4,10 @@ Without a GPU, Triton kernels run in its interpreter, whose switch is read when 
 before anything of salalocal is imported.
 """
 
+import math
 import os
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -22,3 +24,15 @@ def seed() -> int:
     value = int(os.environ.get("SALALOCAL_TEST_SEED") or random.SystemRandom().randrange(2**31))
     print(f"SALALOCAL_TEST_SEED={value}")
     return value
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is not written shows: NaN in floats, -77 in whole numbers."""
+    allocate = torch.empty
+
+    def empty(*shape: Any, **settings: Any) -> torch.Tensor:
+        made = allocate(*shape, **settings)
+        return made.fill_(math.nan if made.dtype.is_floating_point else -77)
+
+    monkeypatch.setattr(torch, "empty", empty)

@@ -11,7 +11,7 @@ never sees so many at once.
 
 from training import wording
 from training.addresses import MAX_NUMBER
-from training.archive import ArchiveMaker, Document, unique_paths
+from training.archive import Document, SampleMaker, unique_paths
 from training.facts import Fact
 from training.transcript import Sample, Turn
 
@@ -42,13 +42,8 @@ PLANTABLE = (".py", ".md", ".rst", ".toml", ".cfg")
 Found = dict[str, list[tuple[int, Fact]]]
 
 
-class AimedMaker:
+class AimedMaker(SampleMaker):
     """Makes samples; draws from the generator of its archive maker."""
-
-    def __init__(self, archives: ArchiveMaker):
-        self.archives = archives
-        self.rng = archives.rng
-        self.inventor = archives.inventor
 
     def sample(self, length: int) -> Sample:
         """A conversation of at most `length` + 1 tokens over one archive."""

@@ -383,3 +383,12 @@ class ArchiveMaker:
         for turn in turns:
             transcript.add(turn)
         return transcript.sample()
+
+
+class SampleMaker:
+    """Makes other samples out of an archive maker's parts, and draws from its generator."""
+
+    def __init__(self, archives: ArchiveMaker):
+        self.archives = archives
+        self.rng = archives.rng
+        self.inventor = archives.inventor

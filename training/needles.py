@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Encoding
 
 from training import wording
-from training.archive import ArchiveMaker, Document
+from training.archive import Document, SampleMaker
 from training.invent import NOUNS
 from training.transcript import Sample, Turn
 
@@ -113,13 +113,8 @@ def is_honest(ask: Ask, documents: list[Document]) -> bool:
     return not any(is_name.search(line) for document in documents for line in document.lines)
 
 
-class NeedleMaker:
+class NeedleMaker(SampleMaker):
     """Makes samples with planted lines; draws from the generator of its archive maker."""
-
-    def __init__(self, archives: ArchiveMaker):
-        self.archives = archives
-        self.rng = archives.rng
-        self.inventor = archives.inventor
 
     # -- names and values --------------------------------------------------------------------------------------
 

@@ -7,17 +7,12 @@ training/batches.py, training/compare.py.
 import string
 
 from training import wording
-from training.archive import ArchiveMaker
+from training.archive import SampleMaker
 from training.transcript import Sample, Turn
 
 
-class RoundMaker:
+class RoundMaker(SampleMaker):
     """Makes conversations; draws from the generator of its archive maker."""
-
-    def __init__(self, archives: ArchiveMaker):
-        self.archives = archives
-        self.rng = archives.rng
-        self.inventor = archives.inventor
 
     def sample(self, length: int) -> Sample:
         """A conversation with equal requests in it, one of whose answers is to be repeated behind an opening."""

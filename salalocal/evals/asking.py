@@ -29,8 +29,8 @@ from salalocal.session.thinking import split_thinking
 from salalocal.session.tokens import TextCodec, answer_room, default_max_tokens
 from salalocal.settings import Settings
 
-_NO_INFLUENCE = {"model", "ctx", "kv_place", "system", "origins"}
-_NO_INFLUENCE |= {"temperature", "top_p", "top_k", "min_p", "max_tokens", "seed"}
+_SAMPLING = {"temperature", "top_p", "top_k", "min_p", "max_tokens", "seed"}
+_NO_INFLUENCE = {"model", "ctx", "kv_place", "system", "origins", *_SAMPLING}
 _MAX_TEXT = 4096  # characters of an answer that a record keeps
 
 

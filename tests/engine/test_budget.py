@@ -203,12 +203,14 @@ def test_two_million_tokens_run_on_a_small_card_beside_host_memory() -> None:
 def test_constants_are_those_of_the_kernels() -> None:
     from salalocal.engine import budget, picks
     from salalocal.kernels.block_attention import host
+    from salalocal.kernels.block_topk.decode_choice import MOST_BLOCKS
     from salalocal.kernels.int4.activations_by_group import ACTIVATION_GROUP
     from salalocal.kernels.int4.scratch import GROUP_SIZES
     from salalocal.kernels.kv_cache import RECENT_TOKENS
     from salalocal.kernels.lightning_decode import MAX_STEPS
 
     assert budget._HOST_COPIES == host.MOST_COPIES and budget._RECENT_TOKENS == RECENT_TOKENS
+    assert budget._MOST_BLOCKS == MOST_BLOCKS
     assert budget._RECORDED_ROWS == picks.RING_ROWS and budget._STEP_ROWS == MAX_STEPS
     assert set(budget._KERNEL_GROUPS) == set(GROUP_SIZES) and budget._GROUP == ACTIVATION_GROUP
 

@@ -130,8 +130,10 @@ class Projection:
     @property
     def takes_groups(self) -> bool:
         """Whether products of few rows take activations in int8, in the order of 4-bit weights."""
-        linears = [product.linear if isinstance(product, PackedProduct) else None for product in self._products]
-        return all(linear is not None and linear.math == "int8" and linear.bits == 4 for linear in linears)
+        return all(
+            isinstance(product, PackedProduct) and product.linear.math == "int8" and product.linear.bits == 4
+            for product in self._products
+        )
 
     def swiglu(self, rows: Rows, consumer: "Projection") -> Rows:
         """silu of the first map times the second, for the next projection."""

@@ -144,7 +144,7 @@ class GroupedRows(_QuantizedOnce):
 
     @property
     def plain(self) -> Tensor:
-        return self.few.floats.bfloat16()
+        return self.few.floats(torch.float32).bfloat16()
 
     def _quantize(self, dtype: torch.dtype) -> QuantizedRows:
         return quantize_rows(self.plain, dtype)

@@ -20,7 +20,7 @@ from salalocal.kernels.backend import compute_capability, dependent_launch, entr
 from salalocal.kernels.block_topk.geometry import BlockGeometry
 from salalocal.kernels.block_topk.scoring import LOWEST, largest_of_list
 
-_MOST_BLOCKS = 2**16  # 4M tokens; the shortlists of more are searched in registers that spill
+MOST_BLOCKS = 2**16  # 4M tokens; the shortlists of more are searched in registers that spill
 _MOST_LISTED = 2**15  # that the search for the largest can count
 
 
@@ -168,8 +168,8 @@ def _choose_listed_kernel(
 
 def room_for_scores(num_blocks: int, device: torch.device) -> int:
     """Blocks that scores of a row need memory for. Raises: BackendError for more than the search can count."""
-    if num_blocks > _MOST_BLOCKS:
-        raise BackendError(f"block choice: {num_blocks:,} blocks, {_MOST_BLOCKS:,} are supported")
+    if num_blocks > MOST_BLOCKS:
+        raise BackendError(f"block choice: {num_blocks:,} blocks, {MOST_BLOCKS:,} are supported")
     return entry_of_card(LAUNCH, compute_capability(device)).room(num_blocks)
 
 

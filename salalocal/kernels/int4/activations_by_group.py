@@ -43,13 +43,12 @@ class GroupedActivations:
         """Features that share a scale; 128 where there are none."""
         return ACTIVATION_GROUP if self.scales is None else self.values.shape[1] // self.scales.shape[1]
 
-    @property
-    def floats(self) -> Tensor:
-        """The numbers in their order. Shapes: fp32 [M, K]."""
-        rows = self.values.float()
+    def floats(self, dtype: torch.dtype) -> Tensor:
+        """The numbers in their order. Shapes: [M, K] of `dtype`."""
+        rows = self.values.to(dtype)
         if self.is_split:
             rows = rows.unflatten(1, (2, -1)).transpose(1, 2).flatten(1)
-        return rows if self.scales is None else rows * self.scales.repeat_interleave(self.group, dim=1)
+        return rows if self.scales is None else rows * self.scales.to(dtype).repeat_interleave(self.group, dim=1)
 
 
 @dataclass(frozen=True, eq=False)

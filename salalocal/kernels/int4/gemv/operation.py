@@ -40,7 +40,7 @@ Activations = GroupedActivations | RawActivations
 def int4_gemv_definition(x: Activations, weight: PackedMatrix, epilogue: Epilogue = PLAIN) -> Tensor:
     """The formula, in float64. Shapes: [M, N] float64, with swiglu [M, N / 2]."""
     x = _grouped(x, weight)
-    return _finished(_rows(x, torch.float64) @ _matrix(weight, torch.float64).t(), epilogue)
+    return _finished(x.floats(torch.float64) @ _matrix(weight, torch.float64).t(), epilogue)
 
 
 def int4_gemv_reference(
@@ -48,7 +48,7 @@ def int4_gemv_reference(
 ) -> Tensor:
     """The same in fp32: what a CPU runs."""
     x = _grouped(x, weight)
-    return _finished(_rows(x, torch.float32) @ _matrix(weight, torch.float32).t(), epilogue).to(dtype)
+    return _finished(x.floats(torch.float32) @ _matrix(weight, torch.float32).t(), epilogue).to(dtype)
 
 
 def int4_gemv_triton(
@@ -176,13 +176,6 @@ def _matrix(weight: PackedMatrix, dtype: torch.dtype) -> Tensor:
     codes = unpack_codes(weight.words, weight.bits, dtype).sub_(2 ** (weight.bits - 1))
     scales = weight.scales.to(dtype).repeat_interleave(weight.group_size, dim=1)
     return codes.mul_(scales[:, : codes.shape[1]])
-
-
-def _rows(x: GroupedActivations, dtype: torch.dtype) -> Tensor:
-    rows = x.values.to(dtype)
-    if x.is_split:
-        rows = rows.unflatten(1, (2, -1)).transpose(1, 2).flatten(1)
-    return rows if x.scales is None else rows * x.scales.to(dtype).repeat_interleave(x.group, dim=1)
 
 
 def _finished(v: Tensor, epilogue: Epilogue) -> Tensor:

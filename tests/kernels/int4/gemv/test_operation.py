@@ -1,7 +1,6 @@
 """Products of packed weights with a few rows: kernels = reference = definition, for every form and epilogue."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -26,6 +25,7 @@ from salalocal.kernels.int4.gemv import (
 from salalocal.kernels.int4.gemv.launch import Launch, StreamLaunch, TileLaunch, WordLaunch
 from salalocal.quant.int4 import IntScheme, PackedWeight
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 WORDS, TILES, PARTS = WordLaunch(32, 16, 2), TileLaunch(32, 4, 2, 1), TileLaunch(32, 4, 2, 2)
 
 
@@ -39,19 +39,6 @@ def rows(seed: int, *shape: int) -> torch.Tensor:
 
 def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
     return float((value.double() - exact).norm() / exact.norm())
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is not written shows as NaN."""
-
-    allocate = torch.empty
-
-    def empty(*shape: Any, **settings: Any) -> torch.Tensor:
-        made = allocate(*shape, **settings)
-        return made.fill_(math.nan if made.dtype.is_floating_point else -77)
-
-    monkeypatch.setattr(torch, "empty", empty)
 
 
 @pytest.mark.parametrize(
