@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.synthetic_checkpoint import small_config
+from salalocal.bench.ceilings import wait_for
 from salalocal.bench.random_weights import random_engine, random_layout
 from salalocal.engine.engine import Engine, EngineConfig
 from salalocal.engine.load import Placement
@@ -64,15 +65,15 @@ def busy_us(intervals: Iterable[Interval]) -> float:
 
 def heaviest(intervals: Sequence[Interval], num_units: int) -> list[dict[str, Any]]:
     """By name: milliseconds and launches of one unit, and the share of all kernel time; the heaviest first."""
-    seconds: dict[str, float] = defaultdict(float)
+    totals_us: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     for one in intervals:
-        seconds[one.name] += one.end_us - one.start_us
+        totals_us[one.name] += one.end_us - one.start_us
         counts[one.name] += 1
-    total = sum(seconds.values()) or 1.0
+    total = sum(totals_us.values()) or 1.0
     return [
         {"name": name, "ms": us / 1e3 / num_units, "launches": counts[name] / num_units, "share": us / total}
-        for name, us in sorted(seconds.items(), key=lambda item: -item[1])
+        for name, us in sorted(totals_us.items(), key=lambda item: -item[1])
     ]
 
 
@@ -111,18 +112,13 @@ def summary(intervals: Sequence[Interval], num_units: int, wall_ms: float) -> di
     }
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def traced(device: torch.device, work: Callable[[], object]) -> list[Interval]:
     """What the device did; on a CPU, which runs no kernels, operations stand for them."""
     is_card = device.type == "cuda"
-    wait(device)
+    wait_for(device)
     with profile(activities=[ProfilerActivity.CUDA if is_card else ProfilerActivity.CPU]) as trace:
         work()
-        wait(device)
+        wait_for(device)
     return [
         Interval(event.name, event.time_range.start, event.time_range.end)
         for event in trace.events() or []
@@ -131,10 +127,10 @@ def traced(device: torch.device, work: Callable[[], object]) -> list[Interval]:
 
 
 def clocked_ms(device: torch.device, work: Callable[[], object]) -> float:
-    wait(device)
+    wait_for(device)
     started_s = time.perf_counter()
     work()
-    wait(device)
+    wait_for(device)
     return (time.perf_counter() - started_s) * 1e3
 
 
