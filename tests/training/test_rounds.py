@@ -16,8 +16,9 @@ def test_the_repeated_answer_is_the_asked_one(seed: int) -> None:
         history = decode(sample.ids[: sample.boundary].tolist(), skip_special_tokens=False)
         for turn, (first, stop) in zip(sample.turns, answer_spans(sample), strict=True):
             opening, _, text = turn.answer.partition(" ")
-            number = next(n for n, ordinal in enumerate(wording.ORDINALS) if f" {ordinal} " in turn.question)
             form = next(form for form in wording.FORMS if f"{form} about" in turn.question)
+            # With the form behind it: a topic may have such a word too.
+            number = next(n for n, ordinal in enumerate(wording.ORDINALS) if f" {ordinal} {form} " in turn.question)
             topic = text.partition(".")[0].removeprefix("This is about ")
             request = wording.REQUEST.format(f=form, t=topic)
             answers = [part.split("assistant\n")[1].split("<|im_end|>")[0] for part in history.split(request)[1:]]
