@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from salalocal.checkpoint.checkpoint import Checkpoint
 from salalocal.kernels.cpu_int4_matmul import max_kernel_rows
+from salalocal.kernels.int4.gemv import MAX_TOKENS
 from salalocal.kernels.int4.linear import int4_linear, new_workspace
 from salalocal.kernels.int4.route import Math
 from salalocal.model.layers import DenseLinear
@@ -95,7 +96,10 @@ def test_stacked_maps_give_the_outputs_of_each(seed: int, bits: int, math: Math,
     apart = [int4_linear(x, one, one.folded, math, workspace) for x in [rows_of(seed, rows)] for one in maps]
     stacked = KernelLinear.stack(maps)
     x = rows_of(seed, rows)
-    assert torch.equal(int4_linear(x, stacked, stacked.folded, math, workspace), torch.cat(apart, dim=-1))
+    y, expected = int4_linear(x, stacked, stacked.folded, math, workspace), torch.cat(apart, dim=-1)
+    # Whole numbers add up the same in any order; sums of floats may take a bf16 number's neighbour.
+    has_exact_sums = math == "int8" and rows > MAX_TOKENS
+    torch.testing.assert_close(y, expected, rtol=0 if has_exact_sums else 2**-7, atol=0 if has_exact_sums else 1e-3)
     base = stacked.words.untyped_storage().data_ptr()
     for one, weight, y in zip(maps, weights, apart, strict=True):
         assert torch.equal(one.words, weight.words) and one.words.untyped_storage().data_ptr() == base
