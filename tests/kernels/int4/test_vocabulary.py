@@ -78,9 +78,11 @@ def test_logits_that_differ_only_before_rounding_leave_the_lower_index(seed: int
     wide = PackedWeight(weight.words, weight.scales.float(), 8, 128)
     wide.scales[ENTRIES - 1] *= 1 + 2**-12
     logits = int4_gemv_triton(x, wide, PLAIN, torch.float32)[0]
-    if logits[-1].bfloat16() == logits[best].bfloat16():
+    rounded = logits.bfloat16()
+    if rounded[-1] == rounded[best]:
+        first = int((rounded == rounded.max()).nonzero()[0])  # `best`, or another that rounds to the same
         assert int(logits.argmax()) == ENTRIES - 1
-        assert int(likeliest_tokens_triton(x, wide, flag())) == best == int(likeliest_tokens_reference(x, wide, flag()))
+        assert int(likeliest_tokens_triton(x, wide, flag())) == first
 
 
 @pytest.mark.parametrize("fixed", [LAUNCHES[0], LAUNCHES[3]], indirect=True, ids=str)
