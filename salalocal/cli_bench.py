@@ -39,10 +39,10 @@ class BenchFlags:
 
     def options(self) -> "BenchOptions":
         """What to measure. Raises: RequestError."""
-        from salalocal.bench.run import BenchOptions
-
         depths = tuple(parse_tokens(part) for part in self.ctx.split(",")) if self.ctx else ()
         cap = parse_bytes(self.memory_cap) if self.memory_cap else None
+        from salalocal.bench.run import BenchOptions
+
         return BenchOptions(
             depths=depths,
             gen_tokens=self.gen,
@@ -92,6 +92,7 @@ def bench(flags: BenchFlags, engine: EngineFlags, quiet: Quiet = False) -> None:
 
     With no model at hand, a card is measured with random weights of the released shape.
     """
+    options = flags.options()
     from salalocal.terminal.bench_plot import plot_bench
     from salalocal.terminal.bench_view import BenchView, bench_text
     from salalocal.terminal.console import make_terminal
@@ -103,7 +104,7 @@ def bench(flags: BenchFlags, engine: EngineFlags, quiet: Quiet = False) -> None:
     from salalocal.bench.run import run_bench
 
     with closing(BenchView(terminal)) as view:
-        report = run_bench(settings, flags.options(), view.show, terminal.tell)
+        report = run_bench(settings, options, view.show, terminal.tell)
     terminal.write(bench_text(report, form, terminal.out.width if terminal.out.is_terminal else None))
     if flags.plot is not None:
         plot_bench(report).save(flags.plot)

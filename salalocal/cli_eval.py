@@ -117,6 +117,7 @@ def divergence(
     Both models read the same text, one after the other: perplexity of both, KL divergence of the copy
     from the original, and how often both find the same token likeliest.
     """
+    num_tokens = (parse_tokens(ctx), parse_tokens(tokens))
     from salalocal.evals.comparison import DivergenceRequest, compare_by_name
     from salalocal.session.start import Sources
     from salalocal.session.usual_model import with_usual_original
@@ -126,7 +127,7 @@ def divergence(
     terminal = make_terminal(streams.quiet)
     settings = with_usual_original(load_settings({"model": model, "device": device, "dtype": dtype}), terminal.tell)
     sources = Sources(tuple(file or ()), "path", stdin=sys.stdin.buffer)
-    request = DivergenceRequest(against, sources, parse_tokens(ctx), parse_tokens(tokens))
+    request = DivergenceRequest(against, sources, *num_tokens)
     with closing(EvalView(terminal)) as view:
         comparison = compare_by_name(settings, request, view.show, terminal.tell)
     if streams.json_:
@@ -153,12 +154,13 @@ def needle(
     model is asked for the value. The haystack is shipped text, or your files. A stopped run goes on where
     it was when the same command is given again.
     """
+    lengths = _lengths(ctx)
     from salalocal.evals.needle import NeedleRequest, measure_needles
     from salalocal.terminal.heat_map import heat_map
     from salalocal.terminal.picture import check_picture
     from salalocal.terminal.study_view import needle_lines
 
-    request = NeedleRequest(_lengths(ctx), grid.depths, grid.samples, grid.keys, grid.form, answers.seed)
+    request = NeedleRequest(lengths, grid.depths, grid.samples, grid.keys, grid.form, answers.seed)
     if plot is not None:
         check_picture(plot)
 
@@ -190,10 +192,11 @@ def ruler(
     common-words, frequent-words, files (questions about what the haystack's files say). A stopped run
     goes on where it was when the same command is given again.
     """
+    lengths = _lengths(ctx)
     from salalocal.evals.ruler import RulerRequest, measure_ruler
     from salalocal.terminal.study_view import ruler_lines
 
-    request = RulerRequest(_lengths(ctx), _listed(tasks), samples, answers.seed)
+    request = RulerRequest(lengths, _listed(tasks), samples, answers.seed)
 
     def measure(settings: Settings, watch: "Watch") -> "Report":
         return measure_ruler(settings, request, _sources(file), study.place(), watch)
@@ -218,12 +221,11 @@ def mrcr(
     model is to repeat, say, the second one word for word. A stopped run goes on where it was when the
     same command is given again.
     """
+    lengths, counts = _lengths(ctx), tuple(_number("--needles", each) for each in _listed(needles))
     from salalocal.evals.mrcr import MrcrRequest, measure_mrcr
     from salalocal.terminal.study_view import mrcr_lines
 
-    request = MrcrRequest(
-        _lengths(ctx), tuple(_number("--needles", each) for each in _listed(needles)), samples, answers.seed
-    )
+    request = MrcrRequest(lengths, counts, samples, answers.seed)
 
     def measure(settings: Settings, watch: "Watch") -> "Report":
         return measure_mrcr(settings, request, study.place(), watch)
@@ -248,11 +250,11 @@ def recall(
     classes, docstrings, lines of prose), asks each by itself and checks the answer against the file. A
     stopped run goes on where it was when the same command is given again.
     """
+    if not file:
+        raise RequestError("no file given", "salalocal eval recall -f PATH")
     from salalocal.evals.recall import RecallRequest, measure_recall
     from salalocal.terminal.study_view import recall_lines
 
-    if not file:
-        raise RequestError("no file given", "salalocal eval recall -f PATH")
     request = RecallRequest(questions, answers.seed)
 
     def measure(settings: Settings, watch: "Watch") -> "Report":
@@ -280,14 +282,14 @@ def ppl(
     position in the context. With --stride, contexts overlap, so that every token but the first ones
     has at least --ctx less --stride tokens in front of it.
     """
+    length, limits = parse_tokens(ctx), [None if text is None else parse_tokens(text) for text in (stride, tokens)]
     from salalocal.evals.perplexity import PerplexityRequest, measure_perplexity
     from salalocal.evals.questionnaire import Watch
     from salalocal.session.usual_model import with_usual_model
     from salalocal.terminal.console import make_terminal
     from salalocal.terminal.study_view import StudyView, perplexity_lines
 
-    limits = [None if text is None else parse_tokens(text) for text in (stride, tokens)]
-    request = PerplexityRequest(parse_tokens(ctx), *limits)
+    request = PerplexityRequest(length, *limits)
     terminal = make_terminal(streams.quiet)
     with _going_on(terminal), closing(StudyView(terminal)) as view:
         watch = Watch(view.show, terminal.tell)
