@@ -80,7 +80,11 @@ def compute_capability(device: torch.device) -> int:
 
 
 def dependent_launch(device: torch.device) -> dict[str, Any]:
-    """Launch settings of a kernel that may start before the one ahead of it ends, where the card can do that."""
+    """Launch settings of a kernel that may start before the one ahead of it ends, where the card can do that.
+
+    Before it waits, a kernel may read what no kernel so launched has written since the last one that was not: weights,
+    and in a step of an answer what earlier steps left, such as its position. Writing is for after the wait.
+    """
     if compute_capability(device) < PDL_CAPABILITY:
         return {"PDL": False}
     return {"PDL": True, "launch_pdl": True}

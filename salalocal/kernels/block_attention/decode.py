@@ -43,12 +43,12 @@ def _attend_part_kernel(
 ):  # fmt: skip
     """One program: every `parts`-th block of one row and KV head. Outs [T, Hkv, parts, HEADS, D] of which the peaks and
     sums stand in weights [T, Hkv, parts, 2, HEADS]."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     part, row, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     parts = tl.num_programs(0)
     position = tl.load(position_ptr).to(tl.int32) + row
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     head, dims = tl.arange(0, TILE), tl.arange(0, DIM)
     q_at = row * stride_qt + (group * HEADS + head)[:, None] * stride_qh + dims[None, :]
     q = tl.load(q_ptr + q_at, mask=head[:, None] < HEADS, other=0.0)

@@ -74,11 +74,11 @@ def _normalise_kernel(
 
     Parts [row tiles, Hkv, slices, 2, TILE].
     """
+    part, group, first_row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * (TILE // HEADS)
+    first = tl.load(position_ptr).to(tl.int32)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    part, group, first_row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * (TILE // HEADS)
-    first = tl.load(position_ptr).to(tl.int32)
     q = _load_queries(q_ptr, stride_qt, stride_qh, group, first_row, num_rows, TILE, HEADS, DIM)
     row, _ = row_and_head(TILE, TILE // HEADS, HEADS)
     # Divided after the maximum: a card rounds towards zero, and would see a key where there is none yet.
@@ -116,11 +116,11 @@ def _score_kernel(
     best window that starts in it, and the last that starts in the block before, which reaches into it."""
     TILE: tl.constexpr = ROWS * HEADS
     BLOCKS: tl.constexpr = KEYS // PER_BLOCK
+    part, group, first_row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * ROWS
+    first = tl.load(position_ptr).to(tl.int32)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    part, group, first_row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * ROWS
-    first = tl.load(position_ptr).to(tl.int32)
     q = tl.trans(_load_queries(q_ptr, stride_qt, stride_qh, group, first_row, num_rows, TILE, HEADS, DIM))
     k1_ptr += group * stride_kh
     dims = tl.arange(0, DIM)
