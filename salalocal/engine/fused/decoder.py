@@ -124,12 +124,13 @@ class _Run:
         self, model: FusedModel, state: ModelState, token: int, sampler: Sampler, room: int, ring: PickRing
     ) -> None:
         self._model, self._state, self._room = model, state, room
-        self._tensors = StepState.begin(model.model.config, state, token, room + MAX_STEPS, ring)
+        self._steps = StepState.begin(model.model.config, state, token, room + MAX_STEPS, ring)
+        self._tensors = self._steps.tensors
         choose = TokenChoice(model.head, sampler, state.num_tokens + 1, room + MAX_STEPS, ring.blocks.device)
-        self._step = Step(model, self._tensors, choose)
-        self._guessing_step = Step(model, self._tensors, choose, GUESS_ROWS)
+        self._step = Step(model, self._steps, choose)
+        self._guessing_step = Step(model, self._steps, choose, GUESS_ROWS)
         self._launched, self._taken = 0, 0
-        self._landed = [_Landing(self._tensors.drawn) for _ in range(2)]
+        self._landed = [_Landing(self._tensors.report) for _ in range(2)]
         # Tokens of the last step: how many are taken, and those that are not.
         self._taken_of_step, self._drawn = 0, list[int]()
         self.is_under_way = False
@@ -155,7 +156,7 @@ class _Run:
         if not self._drawn:
             guesses = lookup.guess(GUESS_ROWS - 1)
             if guesses:
-                self._tensors.tokens[1 : 1 + len(guesses)].copy_(torch.tensor(guesses))
+                self._tensors.fed[1 : 1 + len(guesses)].copy_(torch.tensor(guesses))
             (self._guessing_step if guesses else self._step).launch()
             self._landed[0].take()
             self._drawn = self._landed[0].wait()
@@ -179,7 +180,7 @@ class _Run:
         is_ahead = self._launched > self._taken and not self._drawn
         if self._taken and not is_ahead:
             self._tensors.count.fill_(self._taken_of_step)
-            commit(self._model, self._tensors)
+            commit(self._model, self._steps)
 
     def _take(self) -> int:
         token = self._drawn.pop(0)

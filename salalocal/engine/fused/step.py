@@ -29,6 +29,7 @@ from salalocal.kernels.block_topk import num_picks
 from salalocal.kernels.lightning_decode import MAX_STEPS
 from salalocal.kernels.pick_ring import PickRing, StepPicks, keep_picks, new_pick_ring
 from salalocal.kernels.sampling import draw_tokens, new_sampling_tensors, sample_tokens
+from salalocal.kernels.step_end import StepTensors, end_step
 from salalocal.model.config import SalaConfig
 from salalocal.model.mixers.lightning import LightningState
 from salalocal.model.mixers.sparse import SparseState, block_geometry
@@ -41,48 +42,37 @@ class TokenChoice:
     def __init__(self, head: Head, sampler: Sampler, first: int, num_tokens: int, device: torch.device) -> None:
         params = sampler.params
         self._head, self._params = head, params
-        self._sampling = new_sampling_tensors(device, num_tokens, MAX_STEPS)
+        self.sampling = new_sampling_tensors(device, num_tokens, MAX_STEPS)
         if params.temperature > 0:
-            self._sampling.temperature.fill_(params.temperature)
-            self._sampling.top_k.fill_(params.top_k)
-            self._sampling.top_p.fill_(params.top_p)
-            self._sampling.min_p.fill_(params.min_p)
-            self._sampling.uniforms.copy_(sampler.uniforms(first, num_tokens))
+            self.sampling.temperature.fill_(params.temperature)
+            self.sampling.top_k.fill_(params.top_k)
+            self.sampling.top_p.fill_(params.top_p)
+            self.sampling.min_p.fill_(params.min_p)
+            self.sampling.uniforms.copy_(sampler.uniforms(first, num_tokens))
 
-    def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The token behind every row, and the same with -1 once a logit was NaN or infinite.
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """The token behind every row; `sampling.is_damaged` says if a logit was NaN or infinite.
 
-        Shapes: hidden [R, hidden], behind the last norm -> int64 [R] each.
+        Shapes: hidden [R, hidden], behind the last norm -> int64 [R].
         """
         params = self._params
         if params.temperature == 0:
-            tokens = self._head.greedy(hidden, self._sampling)
-        elif params.top_k == 0 and params.top_p == 1:
-            tokens = draw_tokens(self._head.logits(hidden), self._sampling)
-        else:
-            tokens = sample_tokens(self._head.logits(hidden), self._sampling, most=params.top_k)
-        return tokens, torch.where(self._sampling.is_damaged > 0, -1, tokens)
-
-    def advance(self, count: Tensor) -> None:
-        """Go on behind so many random numbers. Shapes: count [1]."""
-        self._sampling.step.add_(count)
+            return self._head.greedy(hidden, self.sampling)
+        if params.top_k == 0 and params.top_p == 1:
+            return draw_tokens(self._head.logits(hidden), self.sampling)
+        return sample_tokens(self._head.logits(hidden), self.sampling, most=params.top_k)
 
 
 @dataclass(frozen=True, eq=False)
 class StepState:
     """What steps read and write, at addresses that stay.
 
-    Shapes: tokens int64 [16], the last one drawn and guesses of those to come; position int64 [1], of the first of
-    them; count int32 [1], how many rows of the last step were accepted, and parity int32 [1], which half of the pending
-    rows holds them; drawn int64 [17]: the count of the step, then a token behind each of its rows, -1 for no number;
-    picks [sparse layers, 16, Hkv, S], what the rows picked, which the ring keeps, see `kernels.pick_ring`.
+    `tensors.parity` says which half of the pending rows of every lightning layer holds those of the last step, and
+    `count` how many of them were accepted. Shapes: picks [sparse layers, 16, Hkv, S], what the rows picked, which the
+    ring keeps, see `kernels.pick_ring`.
     """
 
-    tokens: Tensor
-    position: Tensor
-    count: Tensor
-    parity: Tensor
-    drawn: Tensor
+    tensors: StepTensors
     picks: StepPicks
     ring: PickRing
     memories: list[LayerMemory]
@@ -97,16 +87,14 @@ class StepState:
         picks = StepPicks(blocks, torch.empty(blocks.shape, dtype=torch.float32, device=device))
         count = torch.zeros(1, dtype=torch.int32, device=device)
         parity = torch.zeros_like(count)
-        return cls(
-            tokens=torch.full((MAX_STEPS,), token, device=device),
+        tensors = StepTensors(
+            fed=torch.full((MAX_STEPS,), token, device=device),
             position=torch.tensor([state.num_tokens], device=device),
             count=count,
             parity=parity,
-            drawn=torch.zeros(1 + MAX_STEPS, dtype=torch.int64, device=device),
-            picks=picks,
-            ring=ring,
-            memories=_memories(state, num_tokens, picks, (count, parity)),
+            report=torch.zeros(1 + MAX_STEPS, dtype=torch.int64, device=device),
         )
+        return cls(tensors, picks, ring, _memories(state, num_tokens, picks, (count, parity)))
 
 
 def new_ring(config: SalaConfig, device: torch.device) -> PickRing:
@@ -146,34 +134,24 @@ class Step:
     def launch(self) -> None:
         """Run it once more. Nothing waits for the device."""
         # The first run compiles and loads kernels, which a capture must not.
-        if not self._has_run or not self._state.position.is_cuda:
+        device = self._state.tensors.position.device
+        if not self._has_run or device.type != "cuda":
             self._run()
             self._has_run = True
             return
         if self._graph is None:
-            self._graph = _captured(self._run, self._state.position.device)
+            self._graph = _captured(self._run, device)
         self._graph.replay()
 
     def _run(self) -> None:
-        state, place = self._state, Place(self._state.position)
-        fed = state.tokens[: self._num_rows]
-        hidden = self._model.embedded(fed)
+        state, tensors = self._state, self._state.tensors
+        place = Place(tensors.position)
+        hidden = self._model.embedded(tensors.fed[: self._num_rows])
         for (mixer, mlp), memory in zip(self._model.layers, state.memories, strict=True):
             hidden = mlp(mixer.step(hidden, memory, place))
-        tokens, drawn = self._choose(self._model.normed(hidden))
-        if self._num_rows == 1:
-            state.count.fill_(1)
-            state.tokens[:1].copy_(tokens)
-        else:
-            right = (fed[1:] == tokens[:-1]).to(torch.int32)
-            state.count.copy_(1 + right.cumprod(0).sum(0, keepdim=True))
-            state.tokens[:1].copy_(tokens.gather(0, state.count.long() - 1))
-        state.drawn[:1].copy_(state.count)
-        state.drawn[1 : 1 + self._num_rows].copy_(drawn)
-        keep_picks(state.ring, state.picks.first(self._num_rows), state.position)
-        state.position.add_(state.count)
-        state.parity.bitwise_xor_(1)
-        self._choose.advance(state.count)
+        found = self._choose(self._model.normed(hidden))
+        keep_picks(state.ring, state.picks.first(self._num_rows), tensors.position)
+        end_step(found, self._choose.sampling, tensors)
 
 
 def commit(model: FusedModel, state: StepState) -> None:

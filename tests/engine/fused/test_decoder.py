@@ -61,7 +61,7 @@ def test_the_card_is_waited_for_before_what_steps_use_goes_back(
         decoder = Decoder(model, fork, Sampler(GREEDY), 8)
         decoder.next_token(7)
         assert decoder._run is not None
-        weakref.finalize(decoder._run._tensors, happened.append, "gone")  # as a graph and its memory go
+        weakref.finalize(decoder._run._steps, happened.append, "gone")  # as a graph and its memory go
         assert happened == []
         if is_settled:
             fork.settle()
