@@ -115,13 +115,12 @@ def _halves(ptr, HALF: tl.constexpr):
 
 
 @triton.jit
-def _turned_vector(ptr, weights, cos, sin, HALF: tl.constexpr, EPS: tl.constexpr):
+def _turned_vector(vector, weights, cos, sin, HALF: tl.constexpr, EPS: tl.constexpr):
     """The two halves of one head of one token, normed and turned, as fp32 that has been rounded to the heads' dtype."""
-    first, second = _halves(ptr, HALF)
-    dtype = first.dtype
-    a = first.to(tl.float32)
-    b = second.to(tl.float32)
-    scale = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / (2 * HALF) + EPS)
+    dtype = vector[0].dtype
+    a = vector[0].to(tl.float32)
+    b = vector[1].to(tl.float32)
+    scale = tl.rsqrt(tl.sum(tl.fma(a, a, b * b), 0) / (2 * HALF) + EPS)
     a = ((a * scale).to(dtype).to(tl.float32) * weights[0].to(tl.float32)).to(dtype).to(tl.float32)
     b = ((b * scale).to(dtype).to(tl.float32) * weights[1].to(tl.float32)).to(dtype).to(tl.float32)
     a, b = rotated(a, b, cos, sin)
@@ -134,10 +133,11 @@ def _turned_token(
     HALF: tl.constexpr, EPS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """One head of one token: both halves of its query and of its key, and its value."""
+    q, k, v = _halves(q_at, HALF), _halves(k_at, HALF), tl.load(v_at)  # together, ahead of the sums' barriers
     cos, sin = cos_sin(position.to(tl.float32) * frequencies, FAST)
-    q1, q2 = _turned_vector(q_at, q_weights, cos, sin, HALF, EPS)
-    k1, k2 = _turned_vector(k_at, k_weights, cos, sin, HALF, EPS)
-    return q1, q2, k1, k2, tl.load(v_at).to(tl.float32)
+    q1, q2 = _turned_vector(q, q_weights, cos, sin, HALF, EPS)
+    k1, k2 = _turned_vector(k, k_weights, cos, sin, HALF, EPS)
+    return q1, q2, k1, k2, v.to(tl.float32)
 
 
 @triton.jit
