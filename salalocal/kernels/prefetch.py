@@ -9,7 +9,7 @@ def ask_for(bytes_ptr, rows, first, row_bytes, AHEAD: tl.constexpr):
 
     Shapes: rows [R]; bytes_ptr: 8-bit numbers, `row_bytes` a row.
     """
-    starts = tl.minimum(first + tl.arange(0, AHEAD // 128) * 128, row_bytes - 1)
+    starts = tl.minimum(first + tl.arange(0, (AHEAD + 127) // 128) * 128, row_bytes - 1)
     addresses = (bytes_ptr + rows[:, None] * row_bytes + starts[None, :]).to(tl.int64)
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
