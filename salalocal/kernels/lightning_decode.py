@@ -256,13 +256,12 @@ def _speculative_step_kernel(
     keys_at = keys_ptr + parity * (STEPS * keys) + head * (2 * HALF) + halves
     values_at = values_ptr + parity * (STEPS * channels) + head * VALUE_DIM + values
     if PDL:  # state and pending tokens are of the step before, the current ones of the kernel before
-        state1, state2 = _with_pending(state1, state2, decay, keys_at, values_at, count, keys, channels)
-        ask_for_vector(o_weight_ptr, channels * (o_weight_ptr.dtype.element_ty.primitive_bitwidth // 8))
         tl.extra.cuda.gdc_launch_dependents()
+        ask_for_vector(o_weight_ptr, channels * (o_weight_ptr.dtype.element_ty.primitive_bitwidth // 8))
+        state1, state2 = _with_pending(state1, state2, decay, keys_at, values_at, count, keys, channels)
         tl.extra.cuda.gdc_wait()
-    # Ahead of its turn: the loads of the first current token and of the pending ones are under way together.
     q1, q2, k1, k2, v = _turned_token(q_at, k_at, v_at, q_weights, k_weights, position, frequencies, HALF, EPS, FAST)
-    if not PDL:
+    if not PDL:  # behind the loads of the first token: both are under way together
         state1, state2 = _with_pending(state1, state2, decay, keys_at, values_at, count, keys, channels)
     kept1 = state1
     kept2 = state2

@@ -40,7 +40,7 @@ def _attend_part_kernel(
     log2_scale, stride_qt, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_sn, stride_sh, stride_pt,
     stride_pg,
     HEADS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
+    ASKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: every `parts`-th block of one row and KV head. Outs [T, Hkv, parts, HEADS, D] of which the peaks and
     sums stand in weights [T, Hkv, parts, 2, HEADS]."""
@@ -66,7 +66,7 @@ def _attend_part_kernel(
         if block >= 0:
             tokens = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
             is_seen = tokens <= position
-            if PDL:  # the load comes behind the barriers of the first product
+            if ASKS:  # the load comes behind the barriers of the first product
                 ask_for(values_ptr, tl.minimum(tokens, position), 0, stride_vn * ITEM, DIM * ITEM)
             k = tl.load(k_ptr + tokens[:, None] * stride_kn + dims[None, :], mask=is_seen[:, None], other=0.0)
             v = tl.load(v_ptr + tokens[:, None] * stride_vn + dims[None, :], mask=is_seen[:, None], other=0.0)
@@ -155,7 +155,7 @@ def block_attention_decode(
         q, k, v, k_scales, v_scales, picks, position, outs, weights, picks.shape[3], scale * LOG2_E,
         *q.stride()[1:3], *k.stride()[1:3], *v.stride()[1:3],
         *((0, 0) if k_scales is None else k_scales.stride()[1:3]), *picks.stride()[1:3],
-        **constants, num_warps=launch.num_warps, **pdl,
+        **constants, ASKS=pdl["PDL"] and v.is_cuda, num_warps=launch.num_warps, **pdl,
     )  # fmt: skip
     _join_parts_kernel[(num_heads, num_rows)](
         outs, weights, gate, out, parts, 0 if gate is None else gate.stride(0), *out.stride()[1:3],

@@ -33,9 +33,8 @@ from salalocal.kernels.prefetch import ask_for
 MAX_ROWS = 16  # a step of speculative decoding; more rows are prefill's
 _MOST_PARTS = 128  # whose normalisers one program joins at once
 _TILE_SCORES = 4096  # of one program at a time; more would not fit its registers
-TILES_AHEAD = tl.constexpr(
-    4
-)  # of keys that a program asks the L2 cache for; all programs' at 1M tokens fill two thirds
+# Tiles of keys that a program asks the L2 cache for: those of all programs fill two thirds of an H100's at 1M tokens.
+TILES_AHEAD = tl.constexpr(4)
 _TILE_ROWS = 4  # rows that one program works on; more would not fit the registers with 16 heads each
 
 
@@ -104,8 +103,8 @@ def _normalise_kernel(
     begin, end = _slice(num_keys, part, KEYS)
     k2_ptr += group * stride_kh
     if PDL:
-        _ask_for_keys(k2_ptr, begin, end, stride_kn, DIM, KEYS, TILES_AHEAD)
         tl.extra.cuda.gdc_launch_dependents()
+        _ask_for_keys(k2_ptr, begin, end, stride_kn, DIM, KEYS, TILES_AHEAD)
         tl.extra.cuda.gdc_wait()
     q = _load_queries(q_ptr, stride_qt, stride_qh, group, first_row, num_rows, TILE, HEADS, DIM)
     row, _ = row_and_head(TILE, TILE // HEADS, HEADS)
@@ -146,8 +145,8 @@ def _score_kernel(
     begin, end = _slice(num_keys, part, KEYS)
     k1_ptr += group * stride_kh
     if PDL:
-        _ask_for_keys(k1_ptr, begin, end, stride_kn, DIM, KEYS, TILES_AHEAD)
         tl.extra.cuda.gdc_launch_dependents()
+        _ask_for_keys(k1_ptr, begin, end, stride_kn, DIM, KEYS, TILES_AHEAD)
         tl.extra.cuda.gdc_wait()
     q = tl.trans(_load_queries(q_ptr, stride_qt, stride_qh, group, first_row, num_rows, TILE, HEADS, DIM))
     dims = tl.arange(0, DIM)
