@@ -3,9 +3,7 @@
     PYTHONPATH=.:.peers python3 benchmarks/lightning_decode.py --seconds 60 --out lightning_decode.json
 
 A launch that does not agree with float64 is reported and not timed. Times are medians of CUDA graph replays over 48
-states, past the L2 cache, each with pending tokens of its own; the heads are as warm as a projection leaves them. Where
-kernels begin before the one ahead ends, a step loads its state while the step ahead runs, as in a model while a product
-does: such times are not those of a step alone.
+states, past the L2 cache, each with pending tokens of its own; the heads are as warm as a projection leaves them.
 """
 
 import argparse
@@ -95,8 +93,7 @@ class Steps:
 
     def run(self, state: Tensor, start: int, num_tokens: int, launch: DecodeLaunch) -> Tensor:
         """A step over some rows as a caller makes it, all of them kept."""
-        # Copied, not filled: a step reads it before it waits for the kernel ahead, see `dependent_launch`.
-        self.norm_rope.positions.copy_(torch.tensor([FIRST + start]))
+        self.norm_rope.positions.fill_(FIRST + start)
         heads, gated_norm = self.inputs(self.rows[start : start + num_tokens])
         y = speculative_step_triton(heads, state, self.pending, gated_norm, self.counters, launch)
         self.pending.count.fill_(num_tokens)

@@ -80,21 +80,10 @@ def compute_capability(device: torch.device) -> int:
 
 
 def dependent_launch(device: torch.device) -> dict[str, Any]:
-    """Launch settings of a kernel that may start before the one ahead of it ends, where the card can do that.
-
-    Before it waits, a kernel may read what was written before the last kernel that was not so launched: weights, and in
-    a step of an answer what earlier steps left, such as its position. What that kernel itself wrote is for after the
-    wait, and so is all writing. See `number_on`.
-    """
+    """Launch settings of a kernel that may start before the one ahead of it ends, where the card can do that."""
     if compute_capability(device) < PDL_CAPABILITY:
         return {"PDL": False}
     return {"PDL": True, "launch_pdl": True}
-
-
-def number_on(device: torch.device, number: int) -> Tensor:
-    """A number for kernels that read it before they wait, see `dependent_launch`: it is copied there, which a kernel
-    behind waits for, not written by a kernel. Nothing waits on the host. Shapes: int64 [1]."""
-    return torch.tensor([number], pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 @cache

@@ -226,11 +226,11 @@ def _append_kernel(
     COARSE_STRIDE: tl.constexpr, RING: tl.constexpr, REMEMBERS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: TOKENS tokens of one head, and the windows that end in them. RING: 0 without one."""
-    head = tl.program_id(1).to(tl.int64)
-    position = tl.load(position_ptr).to(tl.int64)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    head = tl.program_id(1).to(tl.int64)
+    position = tl.load(position_ptr).to(tl.int64)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     dims = tl.arange(0, DIM)
     is_there = token < num_tokens

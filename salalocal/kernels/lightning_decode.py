@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 
 from salalocal.errors import BackendError
-from salalocal.kernels.backend import HAS_INLINE_ASM, dependent_launch, tl, triton
+from salalocal.kernels.backend import HAS_INLINE_ASM, tl, triton
 from salalocal.kernels.gate import sigmoid
 from salalocal.kernels.gated_norm import GatedNorm, gated_norm_reference
 from salalocal.kernels.lightning_prefill import MAX_STATE_SIDE
-from salalocal.kernels.prefetch import ask_for_vector
 from salalocal.kernels.qk_norm_rope import (
     NormRope,
     check_heads,
@@ -108,36 +107,41 @@ def _fold_in(state: Tensor, k: Tensor, v: Tensor, decays: Tensor) -> None:
 
 
 @triton.jit
-def _halves(ptr, HALF: tl.constexpr):
-    """Both halves of 2 * HALF channels."""
-    channels = tl.arange(0, HALF)
-    return tl.load(ptr + channels), tl.load(ptr + HALF + channels)
-
-
-@triton.jit
-def _turned_vector(vector, weights, cos, sin, HALF: tl.constexpr, EPS: tl.constexpr):
+def _turned_vector(ptr, weight_ptr, cos, sin, HALF: tl.constexpr, EPS: tl.constexpr):
     """The two halves of one head of one token, normed and turned, as fp32 that has been rounded to the heads' dtype."""
-    dtype = vector[0].dtype
-    a = vector[0].to(tl.float32)
-    b = vector[1].to(tl.float32)
-    scale = tl.rsqrt(tl.sum(tl.fma(a, a, b * b), 0) / (2 * HALF) + EPS)
-    a = ((a * scale).to(dtype).to(tl.float32) * weights[0].to(tl.float32)).to(dtype).to(tl.float32)
-    b = ((b * scale).to(dtype).to(tl.float32) * weights[1].to(tl.float32)).to(dtype).to(tl.float32)
+    channels = tl.arange(0, HALF)
+    first = tl.load(ptr + channels)
+    second = tl.load(ptr + HALF + channels)
+    dtype = first.dtype
+    a = first.to(tl.float32)
+    b = second.to(tl.float32)
+    scale = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / (2 * HALF) + EPS)
+    a_weight = tl.load(weight_ptr + channels).to(tl.float32)
+    b_weight = tl.load(weight_ptr + HALF + channels).to(tl.float32)
+    a = ((a * scale).to(dtype).to(tl.float32) * a_weight).to(dtype).to(tl.float32)
+    b = ((b * scale).to(dtype).to(tl.float32) * b_weight).to(dtype).to(tl.float32)
     a, b = rotated(a, b, cos, sin)
     return a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
 
 
 @triton.jit
 def _turned_token(
-    q_at, k_at, v_at, q_weights, k_weights, position, frequencies,
-    HALF: tl.constexpr, EPS: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
+    q_at,
+    k_at,
+    v_at,
+    q_weight_ptr,
+    k_weight_ptr,
+    position,
+    frequencies,
+    HALF: tl.constexpr,
+    EPS: tl.constexpr,
+    FAST: tl.constexpr,
+):
     """One head of one token: both halves of its query and of its key, and its value."""
-    q, k, v = _halves(q_at, HALF), _halves(k_at, HALF), tl.load(v_at)  # together, ahead of the sums' barriers
     cos, sin = cos_sin(position.to(tl.float32) * frequencies, FAST)
-    q1, q2 = _turned_vector(q, q_weights, cos, sin, HALF, EPS)
-    k1, k2 = _turned_vector(k, k_weights, cos, sin, HALF, EPS)
-    return q1, q2, k1, k2, v.to(tl.float32)
+    q1, q2 = _turned_vector(q_at, q_weight_ptr, cos, sin, HALF, EPS)
+    k1, k2 = _turned_vector(k_at, k_weight_ptr, cos, sin, HALF, EPS)
+    return q1, q2, k1, k2, tl.load(v_at).to(tl.float32)
 
 
 @triton.jit
@@ -230,7 +234,6 @@ def _speculative_step_kernel(
     WIDTH: tl.constexpr,
     MAX_FINISHERS: tl.constexpr,
     FAST: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """VALUES value channels of one head; o and y [T, H * V] and the pending tokens [2, STEPS, H, .] are contiguous.
 
@@ -249,20 +252,16 @@ def _speculative_step_kernel(
     decay = tl.load(decays_ptr + head)
     position = tl.load(position_ptr)
     frequencies = tl.load(frequencies_ptr + halves)
-    q_weights, k_weights = _halves(q_weight_ptr, HALF), _halves(k_weight_ptr, HALF)
     q_at = q_ptr + head * q_stride_h
     k_at = k_ptr + head * k_stride_h
     v_at = v_ptr + head * v_stride_h + values
+    # Ahead of its turn: the loads of the first current token and of the pending ones are under way together.
+    q1, q2, k1, k2, v = _turned_token(
+        q_at, k_at, v_at, q_weight_ptr, k_weight_ptr, position, frequencies, HALF, EPS, FAST
+    )
     keys_at = keys_ptr + parity * (STEPS * keys) + head * (2 * HALF) + halves
     values_at = values_ptr + parity * (STEPS * channels) + head * VALUE_DIM + values
-    if PDL:  # state and pending tokens are of the step before, the current ones of the kernel before
-        tl.extra.cuda.gdc_launch_dependents()
-        ask_for_vector(o_weight_ptr, channels * (o_weight_ptr.dtype.element_ty.primitive_bitwidth // 8))
-        state1, state2 = _with_pending(state1, state2, decay, keys_at, values_at, count, keys, channels)
-        tl.extra.cuda.gdc_wait()
-    q1, q2, k1, k2, v = _turned_token(q_at, k_at, v_at, q_weights, k_weights, position, frequencies, HALF, EPS, FAST)
-    if not PDL:  # behind the loads of the first token: both are under way together
-        state1, state2 = _with_pending(state1, state2, decay, keys_at, values_at, count, keys, channels)
+    state1, state2 = _with_pending(state1, state2, decay, keys_at, values_at, count, keys, channels)
     kept1 = state1
     kept2 = state2
     keys_at = keys_ptr + (1 - parity) * (STEPS * keys) + head * (2 * HALF) + halves
@@ -276,9 +275,17 @@ def _speculative_step_kernel(
         tl.store(values_at + token * channels, v.to(values_ptr.dtype.element_ty))
         following = tl.minimum(token + 1, num_tokens - 1)
         q1, q2, k1, k2, v = _turned_token(
-            q_at + following * q_stride_t, k_at + following * k_stride_t, v_at + following * v_stride_t,
-            q_weights, k_weights, position + following, frequencies, HALF, EPS, FAST,
-        )  # fmt: skip
+            q_at + following * q_stride_t,
+            k_at + following * k_stride_t,
+            v_at + following * v_stride_t,
+            q_weight_ptr,
+            k_weight_ptr,
+            position + following,
+            frequencies,
+            HALF,
+            EPS,
+            FAST,
+        )
     tl.debug_barrier()
     ticket = tl.atomic_add(counter_ptr, 1)
     # After the ticket: the rows need not wait for anybody's states to be written.
@@ -402,7 +409,6 @@ def speculative_step_triton(
         MAX_FINISHERS=programs if HAS_INLINE_ASM else 1,
         FAST=HAS_INLINE_ASM,
         num_warps=launch.num_warps,
-        **dependent_launch(heads.q.device),
     )
     return y
 

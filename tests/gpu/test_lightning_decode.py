@@ -60,8 +60,7 @@ class Answer:
 
     def run(self, start: int, num_tokens: int, accepted: int) -> Tensor:
         """One step as a caller makes it, `accepted` of its tokens kept."""
-        # Copied, not filled: a step reads it before it waits for the kernel ahead, see `dependent_launch`.
-        self.turn.positions.copy_(torch.tensor([self.first + start]))
+        self.turn.positions.fill_(self.first + start)
         y = self.step(self.rows[start : start + num_tokens])
         self.pending.count.fill_(accepted)
         self.pending.parity.bitwise_xor_(1)

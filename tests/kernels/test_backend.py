@@ -11,7 +11,7 @@ import torch
 
 from salalocal.errors import BackendError
 from salalocal.kernels import backend
-from salalocal.kernels.backend import number_on, tl, triton, use_triton
+from salalocal.kernels.backend import tl, triton, use_triton
 
 
 @triton.jit
@@ -90,8 +90,3 @@ def test_the_first_compilation_is_noticed_once_and_a_cached_kernel_is_not(tmp_pa
         script.write_text(COMPILING.replace("SIZES", repr(sizes)))
         run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=True)
         assert run.stdout.strip() == expected
-
-
-def test_a_number_is_put_on_a_device() -> None:
-    number = number_on(torch.device("cpu"), 2**40)
-    assert number.tolist() == [2**40] and number.dtype == torch.int64

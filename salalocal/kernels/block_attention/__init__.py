@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from salalocal.errors import BackendError
-from salalocal.kernels.backend import number_on, use_triton
+from salalocal.kernels.backend import use_triton
 from salalocal.kernels.block_attention.decode import MAX_ROWS, block_attention_decode
 from salalocal.kernels.block_attention.host import host_block_attention, is_on_host
 from salalocal.kernels.block_attention.prefill import block_attention_triton
@@ -47,7 +47,8 @@ def block_attention(
         wide = cached.widened(q.dtype)
         return block_attention_reference(q, wide.keys, wide.values, blocks, first_position, block_size, scale)
     if q.shape[0] == 1 and q.shape[1] <= MAX_ROWS:
-        return block_attention_decode(q, cached, blocks, number_on(q.device, first_position), block_size, scale)
+        position = torch.full((1,), first_position, device=q.device)
+        return block_attention_decode(q, cached, blocks, position, block_size, scale)
     if is_on_host(cached, q):
 
         def attend(rows: Tensor, copies: KeyValues, picks: Tensor, first: int) -> Tensor:

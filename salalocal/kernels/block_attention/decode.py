@@ -15,7 +15,6 @@ from salalocal.kernels.backend import compute_capability, dependent_launch, entr
 from salalocal.kernels.block_attention.prefill import check_supported
 from salalocal.kernels.head_tiles import LOG2_E
 from salalocal.kernels.kv_cache import KeyValues
-from salalocal.kernels.prefetch import ask_for
 
 MAX_ROWS = 16  # a step of speculative decoding; more rows are prefill's
 _LEAST_TILE = 16  # what tl.dot takes at least
@@ -40,23 +39,21 @@ def _attend_part_kernel(
     log2_scale, stride_qt, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_sn, stride_sh, stride_pt,
     stride_pg,
     HEADS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-    ASKS: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: every `parts`-th block of one row and KV head. Outs [T, Hkv, parts, HEADS, D] of which the peaks and
     sums stand in weights [T, Hkv, parts, 2, HEADS]."""
-    part, row, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    parts = tl.num_programs(0)
-    position = tl.load(position_ptr).to(tl.int32) + row
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    part, row, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    parts = tl.num_programs(0)
+    position = tl.load(position_ptr).to(tl.int32) + row
     head, dims = tl.arange(0, TILE), tl.arange(0, DIM)
     q_at = row * stride_qt + (group * HEADS + head)[:, None] * stride_qh + dims[None, :]
     q = tl.load(q_ptr + q_at, mask=head[:, None] < HEADS, other=0.0)
     k_ptr += group * stride_kh
     v_ptr += group * stride_vh
-    ITEM: tl.constexpr = v_ptr.dtype.element_ty.primitive_bitwidth // 8
-    values_ptr = v_ptr.to(tl.pointer_type(tl.int8))
     picks_ptr += row * stride_pt + group * stride_pg
     peak = tl.full([TILE], -1.0e30, tl.float32)
     total = tl.zeros([TILE], tl.float32)
@@ -66,8 +63,6 @@ def _attend_part_kernel(
         if block >= 0:
             tokens = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
             is_seen = tokens <= position
-            if ASKS:  # the load comes behind the barriers of the first product
-                ask_for(values_ptr, tl.minimum(tokens, position), 0, stride_vn * ITEM, DIM * ITEM)
             k = tl.load(k_ptr + tokens[:, None] * stride_kn + dims[None, :], mask=is_seen[:, None], other=0.0)
             v = tl.load(v_ptr + tokens[:, None] * stride_vn + dims[None, :], mask=is_seen[:, None], other=0.0)
             scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * log2_scale
@@ -106,15 +101,14 @@ def _join_parts_kernel(
     is_there = tl.arange(0, PARTS) < parts
     peaks = tl.load(weights_ptr + at * (2 * HEADS) + lane, mask=is_there, other=-1.0e30)
     totals = tl.load(weights_ptr + at * (2 * HEADS) + HEADS + lane, mask=is_there, other=0.0)
+    weights = tl.exp2(peaks - tl.max(peaks, 0))
     dims = tl.arange(0, DIM)
     outs_at = (at * HEADS + lane)[:, None] * DIM + dims[None, :]
-    outs = tl.load(outs_ptr + outs_at, mask=is_there[:, None], other=0.0)  # ahead of the barriers of sums
-    if gate_ptr is not None:
-        gate = tl.load(gate_ptr + row * stride_gt + head * DIM + dims)
-    weights = tl.exp2(peaks - tl.max(peaks, 0))
+    outs = tl.load(outs_ptr + outs_at, mask=is_there[:, None], other=0.0)
     out = tl.sum(outs * weights[:, None], 0) / tl.sum(totals * weights, 0)
     out = out.to(out_ptr.dtype.element_ty)
     if gate_ptr is not None:  # rounded where kernels/gate.py rounds
+        gate = tl.load(gate_ptr + row * stride_gt + head * DIM + dims)
         gate = (1 / (1 + tl.exp(-gate.to(tl.float32)))).to(gate.dtype)
         out = (out.to(tl.float32) * gate.to(tl.float32)).to(out.dtype)
     tl.store(out_ptr + row * stride_ot + head * stride_oh + dims, out)
@@ -155,7 +149,7 @@ def block_attention_decode(
         q, k, v, k_scales, v_scales, picks, position, outs, weights, picks.shape[3], scale * LOG2_E,
         *q.stride()[1:3], *k.stride()[1:3], *v.stride()[1:3],
         *((0, 0) if k_scales is None else k_scales.stride()[1:3]), *picks.stride()[1:3],
-        **constants, ASKS=pdl["PDL"] and v.is_cuda, num_warps=launch.num_warps, **pdl,
+        **constants, num_warps=launch.num_warps, **pdl,
     )  # fmt: skip
     _join_parts_kernel[(num_heads, num_rows)](
         outs, weights, gate, out, parts, 0 if gate is None else gate.stride(0), *out.stride()[1:3],

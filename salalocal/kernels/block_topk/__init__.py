@@ -16,9 +16,10 @@ On a card the kernels take bf16 and fp16, from head size 16 on; the rest is the 
 more shared memory than cards have.
 """
 
+import torch
 from torch import Tensor
 
-from salalocal.kernels.backend import number_on, use_triton
+from salalocal.kernels.backend import use_triton
 from salalocal.kernels.block_topk.decode import MAX_ROWS, PickRecord, block_topk_decode, num_picks
 from salalocal.kernels.block_topk.geometry import BlockGeometry
 from salalocal.kernels.block_topk.pick_weights import pick_weights
@@ -47,5 +48,6 @@ def block_topk(
     if not (is_known and use_triton(q, k1, k2)):
         return block_topk_reference(q, k1, k2, first_position, num_tokens, geometry, scale)
     if q.shape[0] == 1 and q.shape[1] <= MAX_ROWS:
-        return block_topk_decode(q, k1, k2, number_on(q.device, first_position), geometry, scale)
+        position = torch.full((1,), first_position, device=q.device)
+        return block_topk_decode(q, k1, k2, position, geometry, scale)
     return block_topk_triton(q, k1, k2, first_position, num_tokens, geometry, scale)

@@ -28,13 +28,10 @@ from salalocal.kernels.block_topk.prefill import check_supported
 from salalocal.kernels.block_topk.reference import heads_per_group
 from salalocal.kernels.block_topk.scoring import log_sum_over_heads, row_and_head
 from salalocal.kernels.head_tiles import LOG2_E
-from salalocal.kernels.prefetch import ask_for
 
 MAX_ROWS = 16  # a step of speculative decoding; more rows are prefill's
 _MOST_PARTS = 128  # whose normalisers one program joins at once
 _TILE_SCORES = 4096  # of one program at a time; more would not fit its registers
-# Tiles of keys that a program asks the L2 cache for: those of all programs fill two thirds of an H100's at 1M tokens.
-TILES_AHEAD = tl.constexpr(4)
 _TILE_ROWS = 4  # rows that one program works on; more would not fit the registers with 16 heads each
 
 
@@ -68,24 +65,6 @@ def _load_queries(
 
 
 @triton.jit
-def _slice(num_keys, part, KEYS: tl.constexpr):
-    """The keys of one of all programs: from, up to; whole tiles of KEYS but for the last."""
-    per_part = tl.cdiv(tl.cdiv(num_keys, KEYS), tl.num_programs(0)) * KEYS
-    return part * per_part, tl.minimum((part + 1) * per_part, num_keys)
-
-
-@triton.jit
-def _ask_for_keys(k_ptr, begin, end, stride_kn, DIM: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr):
-    """The first TILES tiles of pooled keys begin <= j < end into the L2 cache. A kernel ahead may still write some: the
-    cache takes that as well."""
-    BYTES: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth // 8
-    bytes_ptr = k_ptr.to(tl.pointer_type(tl.int8))
-    for start in range(begin, tl.minimum(end, begin + TILES * KEYS), KEYS):
-        keys = tl.minimum(start + tl.arange(0, KEYS), end - 1)
-        ask_for(bytes_ptr, keys, 0, stride_kn * BYTES, DIM * BYTES)
-
-
-@triton.jit
 def _normalise_kernel(
     q_ptr, k2_ptr, position_ptr, parts_ptr, num_rows, log2_scale, stride_qt, stride_qh, stride_kn, stride_kh,
     TILE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, COARSE_SIZE: tl.constexpr,
@@ -95,24 +74,23 @@ def _normalise_kernel(
 
     Parts [row tiles, Hkv, slices, 2, TILE].
     """
-    part, group, first_row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * (TILE // HEADS)
-    first = tl.load(position_ptr).to(tl.int32)
-    # Divided after the maximum: a card rounds towards zero, and would see a key where there is none yet.
-    before: tl.constexpr = COARSE_STRIDE - COARSE_SIZE
-    num_keys = tl.maximum(first + num_rows + before, 0) // COARSE_STRIDE
-    begin, end = _slice(num_keys, part, KEYS)
-    k2_ptr += group * stride_kh
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        _ask_for_keys(k2_ptr, begin, end, stride_kn, DIM, KEYS, TILES_AHEAD)
         tl.extra.cuda.gdc_wait()
+    part, group, first_row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * (TILE // HEADS)
+    first = tl.load(position_ptr).to(tl.int32)
     q = _load_queries(q_ptr, stride_qt, stride_qh, group, first_row, num_rows, TILE, HEADS, DIM)
     row, _ = row_and_head(TILE, TILE // HEADS, HEADS)
+    # Divided after the maximum: a card rounds towards zero, and would see a key where there is none yet.
+    before: tl.constexpr = COARSE_STRIDE - COARSE_SIZE
     seen = tl.maximum(first + first_row + row + 1 + before, 0) // COARSE_STRIDE
+    num_keys = tl.maximum(first + num_rows + before, 0) // COARSE_STRIDE
+    per_part = tl.cdiv(tl.cdiv(num_keys, KEYS), tl.num_programs(0)) * KEYS
+    k2_ptr += group * stride_kh
     peak = tl.full([TILE], -1.0e30, tl.float32)
     total = tl.zeros([TILE], tl.float32)
     dims = tl.arange(0, DIM)
-    for start in tl.range(begin, end, KEYS, num_stages=STAGES):
+    for start in tl.range(part * per_part, tl.minimum((part + 1) * per_part, num_keys), KEYS, num_stages=STAGES):
         keys = start + tl.arange(0, KEYS)
         k2 = tl.load(k2_ptr + keys[:, None] * stride_kn + dims[None, :], mask=keys[:, None] < num_keys, other=0.0)
         w = tl.dot(q, tl.trans(k2), input_precision=PRECISION) * log2_scale
@@ -138,17 +116,13 @@ def _score_kernel(
     best window that starts in it, and the last that starts in the block before, which reaches into it."""
     TILE: tl.constexpr = ROWS * HEADS
     BLOCKS: tl.constexpr = KEYS // PER_BLOCK
-    part, group, first_row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * ROWS
-    first = tl.load(position_ptr).to(tl.int32)
-    end_block = (first + num_rows - 1) // BLOCK - LOCAL
-    num_keys = end_block * PER_BLOCK
-    begin, end = _slice(num_keys, part, KEYS)
-    k1_ptr += group * stride_kh
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        _ask_for_keys(k1_ptr, begin, end, stride_kn, DIM, KEYS, TILES_AHEAD)
         tl.extra.cuda.gdc_wait()
+    part, group, first_row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * ROWS
+    first = tl.load(position_ptr).to(tl.int32)
     q = tl.trans(_load_queries(q_ptr, stride_qt, stride_qh, group, first_row, num_rows, TILE, HEADS, DIM))
+    k1_ptr += group * stride_kh
     dims = tl.arange(0, DIM)
 
     slices = tl.arange(0, PARTS)
@@ -159,8 +133,12 @@ def _score_kernel(
     peak = tl.max(peaks, 0)
     normaliser = peak + tl.log2(tl.sum(totals * tl.exp2(peaks - peak[None, :]), 0))
 
+    end_block = (first + num_rows - 1) // BLOCK - LOCAL
+    num_keys = end_block * PER_BLOCK
+    per_part = tl.cdiv(tl.cdiv(num_keys, KEYS), tl.num_programs(0)) * KEYS
+    begin = part * per_part
     lists = ((first_row + tl.arange(0, ROWS)[None, :]) * tl.num_programs(1) + group) * capacity
-    for start in tl.range(begin, end, KEYS, num_stages=STAGES):
+    for start in tl.range(begin, tl.minimum(begin + per_part, num_keys), KEYS, num_stages=STAGES):
         keys = start + tl.arange(0, KEYS)
         k1 = tl.load(k1_ptr + keys[:, None] * stride_kn + dims[None, :], mask=keys[:, None] < num_keys, other=0.0)
         z = tl.dot(k1, q, input_precision=PRECISION) * log2_scale - normaliser[None, :]

@@ -63,17 +63,17 @@ def _shortlist_kernel(
 ):  # fmt: skip
     """One program: FREE to ROOM of the largest scores of a part of the blocks of one row and KV head, ascending by
     block, and -1 behind them. Scores and blocks [rows, Hkv, PARTS, ROOM]."""
-    part, row, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    position = tl.load(position_ptr).to(tl.int32) + row
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    part, row, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     lists = row * num_groups + group
     block = part * PART + tl.arange(0, PART)
+    scores = _load_scores(starts_ptr + lists * capacity, ends_ptr + lists * capacity, block)  # as the position comes
+    position = tl.load(position_ptr).to(tl.int32) + row
     own = position // BLOCK
     end_free = own - LOCAL
     if (own >= BUDGET) & (position >= sparse_from) & (part * PART < end_free):
-        scores = _load_scores(starts_ptr + lists * capacity, ends_ptr + lists * capacity, block)
         can_be = (block >= INIT) & (block < end_free)
         num_there = tl.minimum(end_free, (part + 1) * PART) - tl.maximum(part * PART, INIT)
         keeps, place, num_kept, scores = largest_of_list(scores, can_be, num_there, FREE, ROOM)
@@ -117,14 +117,14 @@ def _choose_kernel(
     FREE: tl.constexpr, BUDGET: tl.constexpr, HAS_WEIGHTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: the picks of one row and KV head out of all scores, ascending; ties go to the lower block."""
-    row, group = tl.program_id(0), tl.program_id(1)
-    position = tl.load(position_ptr).to(tl.int32) + row
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    row, group = tl.program_id(0), tl.program_id(1)
     lists = (row * num_groups + group) * capacity
     block = tl.arange(0, BLOCKS)
     scores = _load_scores(starts_ptr + lists, ends_ptr + lists, block)
+    position = tl.load(position_ptr).to(tl.int32) + row
     own = position // BLOCK
     at = row * stride_pt + group * stride_pg
     if (own < BUDGET) | (position < sparse_from):
@@ -146,14 +146,14 @@ def _choose_listed_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: as `_choose_kernel`, out of the shortlists of one row and KV head, which hold LISTED in all."""
-    row, group = tl.program_id(0), tl.program_id(1)
-    position = tl.load(position_ptr).to(tl.int32) + row
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    row, group = tl.program_id(0), tl.program_id(1)
     entries = tl.arange(0, LISTED)
     lists = (row * num_groups + group) * LISTED
     scores, block = tl.load(scores_ptr + lists + entries), tl.load(blocks_ptr + lists + entries)
+    position = tl.load(position_ptr).to(tl.int32) + row
     own = position // BLOCK
     at = row * stride_pt + group * stride_pg
     if (own < BUDGET) | (position < sparse_from):

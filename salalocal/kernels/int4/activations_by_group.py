@@ -19,7 +19,6 @@ from torch import Tensor
 from salalocal.errors import BackendError
 from salalocal.kernels.backend import dependent_launch, tl, triton, use_triton
 from salalocal.kernels.norm import rms_norm_definition, rms_norm_reference
-from salalocal.kernels.prefetch import ask_for_vector
 
 ACTIVATION_GROUP = 128
 _GROUP = tl.constexpr(ACTIVATION_GROUP)
@@ -114,8 +113,6 @@ def _grouped_activations_kernel(
 ):
     """One program: GROUPS groups of a row. With NORM it holds the whole row."""
     if PDL:
-        if NORM:
-            ask_for_vector(weight_ptr, K * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8))
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)

@@ -92,7 +92,7 @@ def decode_case(
         f"decode {'int8' if is_quantized else 'bf16'} {kernel.__name__}",
         kernel,
         DECODE_TYPES | (CODES if is_quantized else {}),
-        constants | absent | {name: min(architectures) >= 90 for name in ("ASKS", "PDL") if name in kernel.arg_names},
+        constants | absent | {"PDL": min(architectures) >= 90},
         num_warps=entry_of_card(decode.LAUNCH, min(architectures)).num_warps if kernel is _attend_part_kernel else 4,
         divisible=tuple(name for name in DECODE_ALIGNED if name in kernel.arg_names and name not in absent),
         architectures=architectures,

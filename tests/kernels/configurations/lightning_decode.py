@@ -4,7 +4,6 @@ from typing import Any
 
 from compile_case import CompileCase
 
-from salalocal.kernels.backend import PDL_CAPABILITY
 from salalocal.kernels.lightning_decode import LAUNCH, MAX_STEPS, _commit_pending_kernel, _speculative_step_kernel
 
 NARROW = ("q_ptr", "k_ptr", "v_ptr", "o_ptr", "y_ptr", "gate_ptr", "keys_ptr", "values_ptr")
@@ -21,25 +20,14 @@ LAUNCHED = {"NUM_HEADS": 32, "HALF": 64, "VALUE_DIM": 128, "VALUES": LAUNCH.valu
 STEP = {**LAUNCHED, "EPS": 1e-6, "O_EPS": 1e-6, "WIDTH": 4096, "MAX_FINISHERS": 256, "FAST": True}
 
 
-CARDS = ((80, 86, 89), (90, 120))  # without dependent launches, and with
-
-
-def case(name: str, kernel: Any, constants: dict[str, Any], cards: tuple[int, ...] = sum(CARDS, ())) -> CompileCase:
-    """One launch."""
+def case(name: str, kernel: Any, constants: dict[str, Any]) -> CompileCase:
+    """One launch for all cards."""
     divisible = tuple(key for key in (*POINTERS, *STRIDES) if key in kernel.arg_names)
-    return CompileCase(name, kernel, TYPES, constants, LAUNCH.num_warps, 1, divisible, architectures=cards)
-
-
-def steps(cards: tuple[int, ...]) -> list[CompileCase]:
-    """Of one token and of more."""
-    constants = {**STEP, "PDL": min(cards) >= PDL_CAPABILITY}
-    return [
-        case("step of 1 token", _speculative_step_kernel, {**constants, "num_tokens": 1}, cards),
-        case("step of more tokens", _speculative_step_kernel, constants, cards),
-    ]
+    return CompileCase(name, kernel, TYPES, constants, LAUNCH.num_warps, 1, divisible)
 
 
 CASES = [
-    *(one for cards in CARDS for one in steps(cards)),
+    case("step of 1 token", _speculative_step_kernel, {**STEP, "num_tokens": 1}),
+    case("step of more tokens", _speculative_step_kernel, STEP),
     case("commit of pending tokens", _commit_pending_kernel, LAUNCHED),
 ]

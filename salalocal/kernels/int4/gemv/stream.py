@@ -20,7 +20,7 @@ from salalocal.kernels.int4.activations_by_group import (
 from salalocal.kernels.int4.gemv.epilogue import Target, tile_rows, write_token
 from salalocal.kernels.int4.gemv.launch import MAX_WORD_TOKENS, Launch, StreamLaunch
 from salalocal.kernels.int4.gemv.product import Product
-from salalocal.kernels.prefetch import ask_for, ask_for_vector
+from salalocal.kernels.int4.gemv.tiles import ask_for
 
 _GROUP_WORDS = tl.constexpr(ACTIVATION_GROUP // 8)
 GATED_GROUP = 32  # features that share a scale where the product quantizes its gated outputs
@@ -234,8 +234,6 @@ def _int4_gemv_stream_kernel(
         for i in tl.static_range(1, AHEAD + 1):
             later = tile_rows(tile + (i if UNIT > 1 else i * stride), num_rows, EPILOGUE, ROWS)
             ask_for(words_ptr.to(tl.pointer_type(tl.int8)), later, 0, K // 2, K // 2)
-        if NORM:
-            ask_for_vector(gain_ptr, 2 * K)
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     x0, odd0, by0, excess0 = _row_of_x(

@@ -15,7 +15,6 @@ from salalocal.kernels.int4.activations_by_group import ACTIVATION_GROUP, Groupe
 from salalocal.kernels.int4.gemv.epilogue import Target, logit_key, tile_rows
 from salalocal.kernels.int4.gemv.launch import TileLaunch
 from salalocal.kernels.int4.gemv.product import Product, Scratch
-from salalocal.kernels.prefetch import ask_for
 
 _ACTIVATION_GROUP = tl.constexpr(ACTIVATION_GROUP)
 # Tensor cores take 8 tokens or a multiple.
@@ -86,6 +85,16 @@ def _float_nibbles(octets, KIND: tl.constexpr, NATIVE: tl.constexpr):
             pack=4,
         )
     return ((octets & 15) - 8).to(KIND), (((octets >> 4) & 15) - 8).to(KIND)
+
+
+@triton.jit
+def ask_for(octets_ptr, rows, first, row_octets, AHEAD: tl.constexpr):
+    """Asks the L2 cache for AHEAD bytes of every row, from its byte `first` on, 128 at a time."""
+    starts = tl.minimum(first + tl.arange(0, AHEAD // 128) * 128, row_octets - 1)
+    addresses = (octets_ptr + rows[:, None] * row_octets + starts[None, :]).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
