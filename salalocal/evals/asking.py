@@ -4,16 +4,15 @@ Prompts that begin alike are read from where they part: a state is kept behind t
 as in a session. An answer is the same as for a prompt that is read from its start, since the chunks are the same.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from salalocal import __version__
-from salalocal.checkpoint.folder import ModelFolder, read_headers
+from salalocal.checkpoint.checkpoint import Checkpoint
+from salalocal.checkpoint.folder import ModelFolder
 from salalocal.checkpoint.hub import find_model
-from salalocal.checkpoint.names import CONFIG_FILE
 from salalocal.engine.sampling_params import SamplingParams
 from salalocal.evals.scoring import Mark
 from salalocal.evals.study import OnTokens, Record, Task
@@ -96,14 +95,11 @@ class Subject:
         return self.settings.max_tokens or default_max_tokens(self.settings.model)
 
     def identity(self) -> Record:
-        """What decides its answers, as plain data: the weights are named by their headers and sizes."""
-        digest = hashlib.sha256(self.folder.file(CONFIG_FILE).read_bytes())
-        for header in read_headers(self.folder):
-            digest.update(repr((header.path.name, header.path.stat().st_size, sorted(header.entries))).encode())
+        """What decides its answers, as plain data: the weights are named by samples of each tensor."""
         return {
             "salalocal": __version__,
             "model": self.settings.model,
-            "model_sha256": digest.hexdigest(),
+            "model_sha256": Checkpoint.open(self.folder).fingerprint,
             "template_sha256": self.codec.template.digest,
             "answer_tokens": self.max_tokens,
             **{name: value for name, value in asdict(self.settings).items() if name not in _NO_INFLUENCE},
