@@ -100,7 +100,7 @@ def test_a_plan_with_host_memory_keeps_its_columns() -> None:
 
 def test_a_refusal_has_the_figures() -> None:
     assert plan_refusal(report(2**20, 16)) == (  # type: ignore[arg-type]
-        "a context of 1,048,576 tokens does not fit in 16.00 GiB: m needs 26.14 GiB for 1m"
+        "a context of 1,048,576 tokens does not fit in 16.00 GiB: m needs 26.41 GiB for 1m"
     )
     assert "no context of any length fits in 4.00 GiB" in plan_refusal(report(None, 4))  # type: ignore[arg-type]
     lines = list(plan_lines(report(None, 4)))  # type: ignore[arg-type]
