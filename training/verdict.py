@@ -156,6 +156,7 @@ def main() -> None:
     kinds = {length: [kind for kind, _ in cell] for length, cell in cells.items()}
     given: dict[str, Rights] = {}
     texts: dict[str, float] = {}
+    record: dict[str, Any] = {"device": str(device), "perplexity": texts, "kinds": kinds, "right": given}
     for path in arguments.models:
         model = EmbeddedModel(Shape())
         restore(model, path)
@@ -163,8 +164,9 @@ def main() -> None:
         texts[str(path)] = perplexity(model, device)
         given[str(path)] = {length: answers(model, cell, device) for length, cell in cells.items()}
         print(f"{time.time() - start:.0f} s: {path}, perplexity {texts[str(path)]:.3f}", flush=True)
+        if arguments.out:  # as far as it goes, should the time be up before the next one
+            arguments.out.write_text(json.dumps(record) + "\n")
     print("\n".join(table(kinds, given)))
-    record: dict[str, Any] = {"device": str(device), "perplexity": texts, "kinds": kinds, "right": given}
     old, *others = given
     for new in others:
         record[f"verdict {new}"] = decide(kinds, given[old], given[new], texts[new] / texts[old])
