@@ -10,6 +10,7 @@
 #     cap16   1M in 16 GB
 #     cap16i  2M in 16 GB, int8 cache
 #     cap24   2M in 24 GB, int8 cache
+#     cap32   2M in 32 GB
 #     host8   64K to 1M in 8 GB, int8 keys and values in host memory
 # Parts run one after the other, each within its seconds (240 if none are given): then it is interrupted, which keeps the
 # depths that are measured, and killed 30 seconds later. A part that fails, is cut or is not known is told, and the next
@@ -72,6 +73,7 @@ for part in "$@"; do
     cap16) bench cap16 "$seconds" --ctx 512k,1m --math int8 --memory-cap 16g ;;
     cap16i) bench cap16i "$seconds" --ctx 1m,2m --math int8 --kv-cache int8 --memory-cap 16g ;;
     cap24) bench cap24 "$seconds" --ctx 1m,2m --math int8 --kv-cache int8 --memory-cap 24g ;;
+    cap32) bench cap32 "$seconds" --ctx 1m,2m --math int8 --memory-cap 32g ;;
     host8) bench host8 "$seconds" --ctx 64k,256k,1m --gen 64 --math int8 --kv-cache int8 --kv-place host --memory-cap 8g ;;
     *)
         echo "unknown part $part"

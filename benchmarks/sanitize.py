@@ -15,7 +15,7 @@ shared memory alone and leaves the graphs out, which hold the same kernels, and 
 `--only a,b` runs what has that in its name, `--part I/N` a share; what was not reached in `--seconds` is told and makes
 the exit status 3. Not covered: torch's own kernels (dense attention, products of the vendor), packed_matmul,
 codebook_matmul and pick_weights, which are torch operations, and launch settings of other cards than the one at hand.
-Not yet run on a card.
+memcheck also reports torch's own question whether memory may be shared between processes (cuMemCreate, error 800).
 """
 
 import argparse

@@ -27,7 +27,8 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No narration and no progress on stderr.")]
 ModelName = Annotated[
     str | None,
-    typer.Option(metavar="MODEL", help="builtin, a model folder, or a hub id.", autocompletion=known_models),
+    # Named, since typer 0.27 takes a metavar that spells the parameter for its flag.
+    typer.Option("--model", metavar="MODEL", help="builtin, a model folder, or a hub id.", autocompletion=known_models),
 ]
 File = Annotated[
     list[str] | None,

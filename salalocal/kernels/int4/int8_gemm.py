@@ -287,10 +287,12 @@ def _launch(
     if num_rows == 0:
         return
     launch = launch or pick_launch(INT8_LAUNCH, compute_capability(w.device), num_rows, *w.shape)
-    num_programs = triton.cdiv(num_rows, launch.rows) * triton.cdiv(num_columns, launch.columns)
-    if launch.walks:
-        num_programs = min(num_programs, launch.programs * num_multiprocessors(w.device))
     joined = out if residual is None else residual.values
+    # Rows that start anywhere are stored by way of more shared memory than the loads of a walk's next tile leave.
+    walks = launch.walks and out.stride(0) % 16 == joined.stride(0) % 16 == 0
+    num_programs = triton.cdiv(num_rows, launch.rows) * triton.cdiv(num_columns, launch.columns)
+    if walks:
+        num_programs = min(num_programs, launch.programs * num_multiprocessors(w.device))
     _int8_gemm_kernel[(num_programs,)](
         operand(x.codes.contiguous(), (launch.rows, launch.depth), launch),
         operand(w.contiguous(), (launch.columns, launch.depth), launch),
@@ -310,7 +312,7 @@ def _launch(
         SPAN=launch.span,
         STAGES=launch.num_stages,
         HAS_TMA=launch.has_tma,
-        WALKS=launch.walks,
+        WALKS=walks,
         EPILOGUE=epilogue,
         HAS_ASM=HAS_INLINE_ASM,
         num_warps=launch.num_warps,

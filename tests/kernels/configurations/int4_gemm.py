@@ -23,6 +23,8 @@ STRIDES = ("residual_stride", "y_stride")
 
 # Once a tile of the int4 GEMM, where the residual is loaded beside 128 sums a thread; the loop spills nothing.
 EPILOGUE_SPILL_BYTES = 96
+# Where a residual is loaded number by number, since its rows start anywhere: no shape of the 9B.
+ANYWHERE_SPILL_BYTES = 1280
 
 
 # The settings of mma.sync cards with the most shared memory or registers; sm_89 runs the code of sm_86.
@@ -62,7 +64,7 @@ def int4_case(
     )  # fmt: skip
 
 
-def int8_case(launch: GemmLaunch, epilogue: str, cards: tuple[int, ...]) -> CompileCase:
+def int8_case(launch: GemmLaunch, epilogue: str, cards: tuple[int, ...], is_aligned: bool = True) -> CompileCase:
     types = {"x_scales": "*fp32", "row_scales": "*fp32", "residual": "*bf16", "y": "*bf16"} | SCALARS
     types["x"] = f"tensordesc<i8[{launch.rows}, {launch.depth}]>" if launch.has_tma else "*i8"
     types["w"] = f"tensordesc<i8[{launch.columns}, {launch.depth}]>" if launch.has_tma else "*i8"
@@ -80,9 +82,12 @@ def int8_case(launch: GemmLaunch, epilogue: str, cards: tuple[int, ...]) -> Comp
     name = f"w8a8 {epilogue} {launch.rows}x{launch.columns}x{launch.depth} {launch.num_warps}w{launch.num_stages}s"
     name += " walks" if launch.walks else ""
     divisible = [one for one in ALIGNED if one in types and not types[one].startswith("tensordesc")]
+    if not is_aligned:  # rows of outputs that start anywhere; see `int8_gemm`
+        divisible.remove("num_columns")
     return CompileCase(
-        name, int8_gemm._int8_gemm_kernel, types, constants, launch.num_warps, launch.num_stages,
-        (*divisible, *STRIDES, "num_features"), cards,
+        name + ("" if is_aligned else " anywhere"), int8_gemm._int8_gemm_kernel, types, constants, launch.num_warps,
+        launch.num_stages, (*divisible, *(STRIDES if is_aligned else ()), "num_features"), cards,
+        max_spill_bytes=0 if is_aligned else ANYWHERE_SPILL_BYTES,
     )  # fmt: skip
 
 
@@ -102,6 +107,9 @@ def gemm_cases() -> list[CompileCase]:
             shipped = tuple(sorted(known | (set(OTHERS) if launch in LARGEST else set())))
             if math == "scratch":
                 cases += [int8_case(launch, epilogue, shipped) for epilogue in ("residual", "swiglu")]
+                if launch.walks:
+                    still = replace(launch, walks=False)
+                    cases += [int8_case(still, epilogue, shipped, False) for epilogue in ("plain", "residual")]
             else:
                 cases.append(int4_case(math, launch, 128, launch.programs > 1, True, shipped))
     return [*cases, int4_case("int8", GemmLaunch(16, 128, 256, 8, 3), 64, False, False, (120,))]

@@ -1,8 +1,11 @@
 """The int8 GEMM: the kernel makes the bits of the reference, which rounds the definition once."""
 
+from typing import Any
+
 import pytest
 import torch
 
+import salalocal.kernels.int4.int8_gemm as module
 from salalocal.errors import BackendError
 from salalocal.kernels.int4.activations_by_row import QuantizedRows, quantize_rows
 from salalocal.kernels.int4.gemm_launch import GemmLaunch
@@ -39,8 +42,10 @@ LAUNCHES = {
     "walk": GemmLaunch(16, 32, num_stages=2, has_tma=True, span=2, walks=True, programs=3),
 }
 
+SHAPES = ((1, 40, 128), (33, 72, 384), (33, 80, 384))  # tiles walk where rows of outputs are aligned, so in the last
 
-@pytest.mark.parametrize("shape", [(1, 40, 128), (33, 72, 384)])
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("launch", LAUNCHES)
 @pytest.mark.parametrize("has_residual", [False, True])
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
@@ -60,7 +65,7 @@ def test_the_kernel_makes_the_bits_of_the_reference(
     assert torch.equal(int8_gemm(x, w, row_scales, torch.empty(m, n, dtype=dtype), residual), expected)
 
 
-@pytest.mark.parametrize("shape", [(1, 40, 128), (33, 72, 384)])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("launch", LAUNCHES)
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 def test_gate_and_up_in_pairs_are_gated_on_the_way_out(
@@ -136,3 +141,20 @@ def test_shapes_that_do_not_belong_together_are_refused(generator: torch.Generat
     ragged = QuantizedRows(x.codes[:, :64].contiguous(), x.scales)
     with pytest.raises(BackendError, match="blocks of 128"):
         int8_gemm_triton(ragged, w[:, :64].contiguous(), row_scales, torch.empty(4, 8))
+
+
+@pytest.mark.parametrize(("stride", "residual_stride", "walks"), [(80, 96, True), (80, 72, False), (72, 80, False)])
+def test_tiles_walk_where_rows_of_outputs_and_residual_are_aligned(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, stride: int, residual_stride: int, walks: bool
+) -> None:
+    launched: list[bool] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *_, **named: launched.append(named["WALKS"])
+
+    monkeypatch.setattr(module, "_int8_gemm_kernel", Recorder())
+    x, w, row_scales = operands(generator, 3, 40, 128)
+    out, joined = torch.empty(3, stride)[:, :40], torch.empty(3, residual_stride)[:, :40]
+    int8_gemm_triton(x, w, row_scales, out, Residual(joined, 1.0), LAUNCHES["walk"])
+    assert launched == [walks]
